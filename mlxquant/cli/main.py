@@ -1,0 +1,73 @@
+"""`mlxquant COMMAND`: finds the command's file, runs it, and draws errors as one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from mlxquant import __version__
+from mlxquant.errors import MlxquantError
+
+# command -> what `mlxquant --help` says of it. The file is cli/<command>.py and holds a click command `command`.
+COMMANDS = {
+    "inspect": "Say what a model is: architecture, parameters, bits per weight, bytes by role.",
+    "convert": "Quantize a folder, a Hub id or a GGUF file into an MLX folder.",
+    "verify": "Prove that a converted folder is what its plan says and still agrees with its source.",
+    "generate": "Continue one prompt.",
+    "chat": "Talk to a model, turn by turn.",
+    "bench": "Time prefill and decode, and compare with stock mlx-lm.",
+    "doctor": "Say which device, BLAS, versions and memory limits are in force, and what to do about each.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's file only when that command is called or asked for its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"mlxquant.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mlxquant")
+def group() -> None:
+    """Pull, plan, quantize, verify, time and chat with language models on your own Mac."""
+
+
+def main() -> None:
+    """Runs the command line. Our own errors are one line and a hint; Ctrl-C is 130; a traceback is a bug of ours."""
+    try:
+        group(standalone_mode=False, prog_name="mlxquant")
+    except MlxquantError as error:
+        draw(error)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # `mlxquant ... | head`: whoever read us has gone, and that is no failure. Python's own flush at exit
+        # would complain on the closed pipe, so leave without it.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def draw(error: MlxquantError) -> None:
+    click.secho("Error: ", fg="red", err=True, nl=False)
+    click.echo(error.message, err=True)
+    if error.hint:
+        click.echo(f"  Next: {error.hint}", err=True)

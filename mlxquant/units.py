@@ -1,0 +1,66 @@
+"""Bytes, tokens, rates and times: parsed from what people type, printed as people read them.
+
+GB is 10**9 and GiB is 2**30, never mixed: Apple sells RAM in GiB and calls it GB, so machines use GiB here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mlxquant.errors import UsageError
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+               "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 2**40}  # fmt: skip
+_TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+
+
+def _split(text: str, what: str, example: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if not match:
+        raise UsageError(f"{text!r} is not {what}", hint=f"write it like {example}")
+    return float(match[1]), match[2].upper()
+
+
+def parse_bytes(text: str) -> int:
+    """'5GB', '16 GiB', '512MiB' or a plain number of bytes -> bytes. Raises UsageError."""
+    value, unit = _split(text, "a number of bytes", "5GB or 16GiB")
+    if unit not in _BYTE_UNITS:
+        raise UsageError(f"{text!r} has the unknown unit {unit!r}", hint="use B, KB, MB, GB, TB, KiB, MiB or GiB")
+    return round(value * _BYTE_UNITS[unit])
+
+
+def parse_tokens(text: str) -> int:
+    """'4096', '8k' (8 * 1024) or '1M' -> tokens. Raises UsageError."""
+    value, unit = _split(text, "a number of tokens", "4096 or 8k")
+    if unit not in _TOKEN_UNITS:
+        raise UsageError(f"{text!r} has the unknown unit {unit!r}", hint="write it like 4096 or 8k")
+    return round(value * _TOKEN_UNITS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """Decimal units, three significant digits: 3.55 GB, 98.4 MB."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.3g} {unit}" if abs(count) < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(count: float) -> str:
+    """Parameters and tokens: 135M, 1.54B."""
+    for unit, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if abs(count) >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """0.42 s, 12.3 s, 3 min 05 s."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.3g} tok/s" if tokens_per_s < 1000 else f"{tokens_per_s:,.0f} tok/s"
