@@ -1,0 +1,134 @@
+"""The small files beside the weights: which are copied byte for byte, and what config.json says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxquant import __version__
+from mlxquant.errors import SourceError
+from mlxquant.families.eos import eos_ids, stock_eos
+from mlxquant.plan.plan import Plan
+from mlxquant.tensors import DTYPES
+
+# Copied as they are, when they are there. Nothing executable, nothing pickled, no weights.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+COPIED_PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+MAX_SIDECAR_BYTES = 200 * 2**20
+
+
+def folder_sidecars(folder: Path) -> dict[str, bytes]:
+    """The folder's tokenizer, template and licence files, name -> bytes. Raises SourceError for an oversized one."""
+    names = [n for n in COPIED if (folder / n).is_file()]
+    names += sorted(str(p.relative_to(folder)) for pattern in COPIED_PATTERNS for p in folder.glob(pattern))
+    return {name: _read(folder / name) for name in names}
+
+
+def _read(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_SIDECAR_BYTES:
+        raise SourceError(f"{path}: {size} bytes, expected a small file (at most {MAX_SIDECAR_BYTES})")
+    return path.read_bytes()
+
+
+def parse(sidecars: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A JSON sidecar as a dict, {} when it is not there. Raises SourceError when it is no JSON object."""
+    if name not in sidecars:
+        return {}
+    try:
+        value = json.loads(sidecars[name])
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{name}: not JSON ({error})", hint="download the file again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{name}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def chat_template(sidecars: Mapping[str, bytes]) -> str:
+    """The template text, found where transformers looks first: the .jinja file, then chat_template.json, then the
+    tokenizer's config. Several named templates are joined: for end-of-turn tokens each of them counts."""
+    if "chat_template.jinja" in sidecars:
+        return sidecars["chat_template.jinja"].decode("utf-8", "replace")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = parse(sidecars, name).get("chat_template")
+        if isinstance(template, str):
+            return template
+        if isinstance(template, list):
+            return "\n".join(str(t.get("template", "")) for t in template if isinstance(t, dict))
+    return ""
+
+
+def end_ids(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> tuple[int, ...]:
+    """Every id that ends an answer: config, generation config, tokenizer config and the template's end-of-turn tokens."""
+    return eos_ids(
+        config,
+        parse(sidecars, "generation_config.json"),
+        parse(sidecars, "tokenizer_config.json"),
+        parse(sidecars, "tokenizer.json"),
+        chat_template(sidecars),
+    )
+
+
+def written_sidecars(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The sidecars as they are written: byte for byte, with one exception.
+
+    Stock mlx-lm lets generation_config.json's eos_token_id replace config.json's. Where that list is shorter than the
+    union, answers would run on, so there (and only there) this one key is rewritten; verify allows nothing else.
+    """
+    written = dict(sidecars)
+    union = end_ids(config, sidecars)
+    generation = parse(sidecars, "generation_config.json")
+    if generation.get("eos_token_id") not in (None, []) and not set(union) <= set(stock_eos(config | _eos(union), generation)):
+        written["generation_config.json"] = _json(generation | _eos(union))
+    return written
+
+
+def _eos(ids: tuple[int, ...]) -> dict[str, Any]:
+    """One id as a number, several as a list: what every reader of config.json knows."""
+    return {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)} if ids else {}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def config_json(config: dict[str, Any], sidecars: Mapping[str, bytes], plan: Plan, origin: dict[str, Any]) -> bytes:
+    """The source's config with EOS union, quantization block, dtype and the `mlxquant` block that says how it was made.
+
+    `vision_config` and its like go, as stock mlx-lm drops them: loaders take their presence for a vision model.
+    """
+    made = {k: v for k, v in config.items() if k not in ("_name_or_path", "vision_config", "audio_config")}
+    made |= _eos(end_ids(config, sidecars))
+    made["torch_dtype"] = DTYPES[plan.dtype].label
+    if any(t.codec.quantized for t in plan.tensors):
+        made["quantization"] = made["quantization_config"] = plan.quantization_config()
+    made["mlxquant"] = {
+        "version": __version__,
+        "recipe": plan.settings.recipe,
+        "bits": plan.base.bits,
+        "group_size": plan.base.group_size,
+        "mode": plan.base.mode,
+        "sets": [f"{pattern}={codec.label}" for pattern, codec in plan.settings.sets],
+        "bpw": round(plan.bpw, 4),
+        "plan_sha256": plan.digest(),
+        "source": origin,
+    }
+    return _json(made)

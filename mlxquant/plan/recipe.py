@@ -1,0 +1,140 @@
+"""Which codec each tensor gets. Pure decisions on names, shapes and roles.
+
+    uniform     what stock `mlx_lm.convert` would do, tensor for tensor and byte for byte
+    mixed_*     mlx-lm's four mixed recipes, likewise byte for byte
+    balanced    uniform at `bits`, but what decides a lot and weighs little keeps its precision: routers, shared-expert
+                gates, MLA latents, SSM and convolution parts at 8 bits or more, embeddings and head at 6 or more
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from mlxquant.codecs.spec import AFFINE_GROUP_SIZES, KEEP, MODES, MX_MODES, Codec, affine, parse_codec
+from mlxquant.errors import PlanError, UsageError
+from mlxquant.families.layout import Target
+from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role
+from mlxquant.tensors import FLOAT_CODES
+
+# name -> (bits of most tensors, bits of the chosen ones); mlx_lm/convert.py, mixed_quant_predicate_builder.
+MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+RECIPES = ("balanced", "uniform", *MIXED)
+SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    recipe: str = "balanced"
+    dtype: str | None = None
+    sets: tuple[tuple[str, Codec], ...] = field(default=())
+
+    @property
+    def base(self) -> Codec:
+        """The codec of an ordinary weight. Raises UsageError for a width the mode does not have."""
+        if self.mode == "affine":
+            return affine(self.bits or MIXED.get(self.recipe, (4,))[0], self.group_size or 64)
+        group_size, bits = MX_MODES[self.mode]
+        if self.bits not in (None, bits) or self.group_size not in (None, group_size):
+            raise UsageError(
+                f"{self.mode} has {bits} bits and group size {group_size}, nothing else",
+                hint="leave out --bits and --group-size, or use --mode affine",
+            )
+        return Codec(self.mode, bits, group_size)
+
+
+def settings(
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str = "balanced",
+    dtype: str | None = None,
+    sets: tuple[str, ...] = (),
+) -> Settings:
+    """Settings from the command line's words; every contradiction is a UsageError here."""
+    if mode not in MODES or recipe not in RECIPES:
+        raise UsageError(f"mode {mode!r} or recipe {recipe!r} is unknown", hint=f"modes: {MODES}; recipes: {RECIPES}")
+    if recipe in MIXED and mode != "affine":
+        raise UsageError(f"recipe {recipe} is defined for --mode affine only, not {mode}", hint="use --recipe balanced")
+    if recipe in MIXED and bits not in (None, MIXED[recipe][0]):
+        raise UsageError(
+            f"recipe {recipe} has {MIXED[recipe][0]} bits, not {bits}", hint="leave out --bits, or use --recipe balanced"
+        )
+    if dtype is not None and dtype not in FLOAT_CODES:
+        raise UsageError(f"--dtype {dtype!r} is unknown", hint=f"one of {tuple(FLOAT_CODES)}")
+    made = Settings(bits, group_size, mode, recipe, FLOAT_CODES[dtype] if dtype else None, tuple(map(_parse_set, sets)))
+    _ = made.base  # says now what could not be done
+    return made
+
+
+def _parse_set(text: str) -> tuple[str, Codec]:
+    pattern, equals, codec = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--set {text!r} has no '='", hint="write it like --set 'down_proj=8g32' or 'lm_head=keep'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--set {text!r}: {pattern!r} is no regular expression ({error})") from error
+    return pattern, parse_codec(codec)
+
+
+def matching_set(name: str, sets: tuple[tuple[str, Codec], ...]) -> Codec | None:
+    """The codec of the first pattern found anywhere in the tensor's name."""
+    return next((codec for pattern, codec in sets if re.search(pattern, name)), None)
+
+
+def fit_group(codec: Codec, width: int) -> Codec:
+    """The same codec with the largest group size up to its own that divides `width`; KEEP when none does."""
+    if codec.divides(width):
+        return codec
+    if codec.mode != "affine":
+        return KEEP
+    smaller = [g for g in AFFINE_GROUP_SIZES if g < codec.group_size and width % g == 0]
+    return affine(codec.bits, max(smaller)) if smaller else KEEP
+
+
+def balanced(target: Target, role: Role, base: Codec) -> Codec:
+    """The default: `base`, with a floor of bits for the roles that decide a lot."""
+    floor = SENSITIVE_BITS if role in SENSITIVE else VOCABULARY_BITS if role in VOCABULARY else 0
+    if base.bits < floor:
+        # An mx mode has no wider sibling with its own block structure, so the floor is affine there too.
+        group_size = base.group_size if base.mode == "affine" else 64
+        base = affine(floor, group_size)
+    return fit_group(base, target.shape[-1])
+
+
+def uniform(target: Target, base: Codec, preset: Codec | None) -> Codec:
+    """mlx-lm's rule: the *global* group size decides whether a tensor is quantized; then the model's own preset."""
+    if not base.divides(target.shape[-1]):
+        return KEEP
+    return preset or base
+
+
+def mixed(target: Target, base: Codec, high_bits: int, layer_position: int, layers: int) -> Codec:
+    """mlx_lm/convert.py, mixed_quant_predicate: more bits for value and down projections of some layers, and the head."""
+    if not base.divides(target.shape[-1]):
+        return KEEP
+    path = target.name.removesuffix(".weight")
+    parts = path.split(".")
+    index = int(parts[layer_position]) if len(parts) > layer_position and parts[layer_position].isdigit() else 0
+    first, last = layers // 8, 7 * layers // 8
+    chosen_layer = index < first or index >= last or (index - first) % 3 == 2
+    value_or_down = any(key in path for key in ("v_proj", "v_a_proj", "v_b_proj", "down_proj"))
+    high = (value_or_down and chosen_layer) or "lm_head" in path
+    return affine(high_bits, base.group_size) if high else base
+
+
+def layer_position(targets: tuple[Target, ...]) -> int:
+    """Where the layer number stands in a dotted name, read off the first down projection as mlx-lm does."""
+    for target in targets:
+        if "down_proj" in target.name:
+            return next((i for i, part in enumerate(target.name.split(".")) if part.isdigit()), 0)
+    raise PlanError(
+        "the mixed recipes need down_proj tensors and this family has none", hint="use --recipe balanced instead"
+    )
