@@ -1,0 +1,264 @@
+"""Is this folder what its plan said? Everything `verify` can find out without running the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxquant.codecs.encode import decode, error_bound
+from mlxquant.codecs.floats import cast, widen
+from mlxquant.codecs.spec import Codec, parse_codec
+from mlxquant.convert import sidecars
+from mlxquant.convert.gather import chunks, rows
+from mlxquant.convert.manifest import NAME, sha256
+from mlxquant.convert.sources import OpenSource
+from mlxquant.errors import MlxquantError, SourceError
+from mlxquant.families.eos import stock_eos
+from mlxquant.families.roles import Role
+from mlxquant.files.hf_folder import HFFolder
+from mlxquant.plan.plan import Plan, PlannedTensor, make_plan
+from mlxquant.plan.recipe import Settings
+from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
+
+LABELS = {d.label: d.code for d in DTYPES.values()}
+READ_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `verify`'s report."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A converted folder with its manifest. `specs` is what its files hold, `planned` what the manifest says they do."""
+
+    folder: HFFolder
+    manifest: dict[str, Any]
+
+    @property
+    def planned(self) -> dict[str, TensorSpec]:
+        return {part.name: part for t in self.manifest["plan"]["tensors"] for part in parts_of(t)}
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        return {t["name"]: parse_codec(t["codec"]) for t in self.manifest["plan"]["tensors"]}
+
+    @property
+    def settings(self) -> Settings:
+        s = self.manifest["plan"]["settings"]
+        sets = tuple((pattern, parse_codec(codec)) for pattern, codec in s["sets"])
+        return Settings(s["bits"], s["group_size"], s["mode"], s["recipe"], s["dtype"], sets)
+
+
+def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:
+    codec = parse_codec(tensor["codec"])
+    return codec.parts(tensor["name"], tuple(tensor["shape"]), LABELS[tensor["dtype"]])
+
+
+def open_written(path: Path) -> Written:
+    """Raises SourceError when the folder or its manifest cannot be read."""
+    manifest_path = path / NAME
+    if path.is_dir() and not manifest_path.is_file():
+        raise SourceError(
+            f"{path}: has no {NAME}, so it was not written by mlxquant (or not finished)",
+            hint="verify a folder that `mlxquant convert` wrote",
+        )
+    folder = HFFolder(path)
+    try:
+        written = Written(folder, json.loads(manifest_path.read_bytes()))
+        _ = written.planned, written.settings, written.manifest["tensors"].items(), written.manifest["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MlxquantError) as error:
+        raise SourceError(f"{manifest_path}: not a manifest ({error!r})", hint="convert again") from error
+    return written
+
+
+def check_folder(
+    path: Path, source: OpenSource | None, advance: Callable[[int], None] | None = None
+) -> Iterator[Check]:
+    """Yields each check as it is done; a later one may rest on an earlier one's success, so stop at a broken folder."""
+    written = open_written(path)
+    yield check_specs(written)
+    yield check_config(written)
+    yield check_checksums(written, advance)
+    yield check_files(written, source)
+    yield check_head(written)
+    yield check_eos(written)
+    if source is None:
+        yield check_norms(written, None)
+        return
+    plan = make_plan(source.config, source.specs, written.settings)
+    same = plan.digest() == written.manifest["plan_sha256"]
+    yield Check("plan", same, "the source gives the same plan" if same else "the source gives another plan: not this source")
+    if same:
+        yield check_weights(written, source, plan, advance)
+        yield check_norms(written, (source, plan))
+
+
+def check_specs(written: Written) -> Check:
+    """Names, shapes and dtypes in the files against the plan's."""
+    found, planned = dict(written.folder.specs), written.planned
+    for name in sorted(found.keys() | planned.keys()):
+        if found.get(name) != planned.get(name):
+            return Check("specs", False, f"{name}: found {_show(found.get(name))}, planned {_show(planned.get(name))}")
+    return Check("specs", True, f"{len(found)} tensors as planned, {sum(s.nbytes for s in found.values()):,} bytes")
+
+
+def _show(spec: TensorSpec | None) -> str:
+    return f"{spec.dtype} {list(spec.shape)}" if spec else "nothing"
+
+
+def check_config(written: Written) -> Check:
+    """config.json must tell a stock loader each module's format; a wrong entry loads and answers nonsense."""
+    block = written.folder.config.get("quantization")
+    quantized = {n.removesuffix(".weight"): c for n, c in written.codecs.items() if c.quantized}
+    if not quantized:
+        return Check("config", not block, "nothing is quantized" if not block else "a quantization block, but no codes")
+    if not isinstance(block, dict):
+        return Check("config", False, "config.json has no quantization block")
+    base = {k: block.get(k) for k in ("group_size", "bits", "mode")}
+    for module, codec in quantized.items():
+        if block.get(module, base) != codec.mlx_config():
+            return Check("config", False, f"{module}: config.json says {block.get(module, base)}, stored as {codec.label}")
+    return Check("config", True, f"{len(quantized)} modules declared as stored")
+
+
+def check_checksums(written: Written, advance: Callable[[int], None] | None) -> Check:
+    sums = written.manifest["tensors"]
+    for name, spec in written.folder.specs.items():
+        if sums.get(name) != hash_tensor(written.folder, spec, advance):
+            return Check("checksums", False, f"{name}: its bytes have changed since it was written")
+    return Check("checksums", True, f"{len(sums)} tensors unchanged since they were written")
+
+
+def hash_tensor(folder: HFFolder, spec: TensorSpec, advance: Callable[[int], None] | None) -> str:
+    digest = hashlib.sha256()
+    step = max(1, READ_BYTES * spec.rows // max(1, spec.nbytes))
+    for start in range(0, spec.rows, step):
+        data = np.ascontiguousarray(folder.read_rows(spec.name, start, min(start + step, spec.rows)))
+        digest.update(data.data)
+        if advance:
+            advance(data.nbytes)
+    return digest.hexdigest()
+
+
+def check_files(written: Written, source: OpenSource | None) -> Check:
+    """Tokenizer, template and the rest: unchanged since written, and byte for byte the source's."""
+    folder = written.folder.path
+    for name, expected in written.manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or sha256(path.read_bytes()) != expected:
+            return Check("files", False, f"{name}: {'changed' if path.is_file() else 'missing'} since it was written")
+    if source is None:
+        return Check("files", True, f"{len(written.manifest['files'])} files unchanged")
+    expected_files = sidecars.written_sidecars(source.config, source.sidecars())
+    for name, data in expected_files.items():
+        if not (folder / name).is_file() or (folder / name).read_bytes() != data:
+            return Check("files", False, f"{name}: not the source's")
+    return Check("files", True, f"{len(expected_files)} files as in the source")
+
+
+def check_head(written: Written) -> Check:
+    """A tied model has no head of its own; an untied one must have one, or a loader ties it silently."""
+    text = written.folder.config.get("text_config")
+    config = written.folder.config | (text if isinstance(text, dict) else {})
+    has_head = any(n.split(".")[-2:-1] == ["lm_head"] for n in written.folder.specs)
+    tied = config.get("tie_word_embeddings")
+    if tied is None:
+        return Check("head", True, "own head" if has_head else "tied, by the family's default")
+    if tied and has_head:
+        return Check("head", False, "config.json ties the head to the embedding, but lm_head is stored")
+    if not tied and not has_head:
+        return Check("head", False, "config.json says the head is untied, but no lm_head is stored")
+    return Check("head", True, "tied to the embedding" if tied else "own head")
+
+
+def check_eos(written: Written) -> Check:
+    """Stock mlx-lm, reading this folder, must stop at every id that ends an answer."""
+    files = sidecars.folder_sidecars(written.folder.path)
+    config = written.folder.config
+    generation = sidecars.parse(files, "generation_config.json")
+    wanted, stock = set(sidecars.end_ids(config, files)), set(stock_eos(config, generation))
+    if missing := sorted(wanted - stock):
+        return Check("eos", False, f"stock mlx-lm would not stop at {missing} (stops at {sorted(stock)})")
+    if not wanted:
+        return Check("eos", False, "no end-of-sequence id anywhere: answers would never stop")
+    return Check("eos", True, f"stops at {sorted(wanted)}")
+
+
+def check_weights(
+    written: Written, source: OpenSource, plan: Plan, advance: Callable[[int], None] | None
+) -> Check:
+    """Each stored tensor against the source: kept ones equal bit for bit, quantized ones within the format's bound."""
+    worst, worst_name = 0.0, ""
+    for tensor in plan.tensors:
+        nmse, complaint = compare(written.folder, source, tensor, advance)
+        if complaint:
+            return Check("weights", False, f"{tensor.name}: {complaint}")
+        if nmse > worst:
+            worst, worst_name = nmse, tensor.name
+    return Check("weights", True, f"{len(plan.tensors)} tensors within their bounds; worst NMSE {worst:.2e} ({worst_name})")
+
+
+def compare(
+    folder: HFFolder, source: OpenSource, tensor: PlannedTensor, advance: Callable[[int], None] | None
+) -> tuple[float, str | None]:
+    """(NMSE, complaint or None) of one tensor; the NMSE's own bound follows from the per-group one that is asserted."""
+    squared_error = squared = 0.0
+    for start, stop in chunks(tensor.target):
+        raw = rows(source, tensor.target, start, stop)
+        stored = tuple(_stored_rows(folder, part, start, stop) for part in tensor.parts)
+        if advance:
+            advance(sum(a.nbytes for a in stored))
+        if not tensor.codec.quantized:
+            if not np.array_equal(stored[0].reshape(-1), cast(raw, tensor.target.dtype, tensor.dtype).reshape(-1)):
+                return 1.0, f"rows {start}..{stop} differ from the source"
+            continue
+        w_OI = widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
+        error_OI = np.abs(w_OI - decode(stored, tensor.dtype, tensor.codec))
+        bound_OG = error_bound(stored, tensor.dtype, tensor.codec)
+        over = error_OI.reshape(*bound_OG.shape, -1).max(-1) > bound_OG
+        if over.any():
+            row = start + int(np.argwhere(over)[0][0])
+            return 1.0, f"row {row} is further from the source than {tensor.codec.label} allows"
+        squared_error += float(np.square(error_OI, dtype=np.float64).sum())
+        squared += float(np.square(w_OI, dtype=np.float64).sum())
+    return (squared_error / squared if squared else 0.0), None
+
+
+def _stored_rows(folder: HFFolder, part: TensorSpec, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """The same row range in a stored part: codecs keep rows as rows. A reshaped kept tensor is read whole."""
+    return folder.read_rows(part.name, start, min(stop, part.rows))
+
+
+def check_norms(written: Written, against: tuple[OpenSource, Plan] | None) -> Check:
+    """The means of the norm weights: a 1 + w shift done twice, or not at all, shows there and nowhere else."""
+    tensors = [t for t in written.manifest["plan"]["tensors"] if t["role"] == Role.NORM.value and t["name"].endswith("weight")]
+    means = {t["name"]: _mean(written.folder, t["name"]) for t in tensors}
+    if against:
+        source, plan = against
+        for t in plan.tensors:
+            if t.name in means:
+                spec = TensorSpec(t.name, t.target.shape, t.target.dtype)
+                expected = float(widen(rows(source, t.target, 0, spec.rows), t.target.dtype).mean())
+                if abs(means[t.name] - expected) > 0.01 * max(1.0, abs(expected)):
+                    return Check("norms", False, f"{t.name}: mean {means[t.name]:.3f}, expected {expected:.3f}")
+    overall = float(np.mean(list(means.values()))) if means else 1.0
+    return Check("norms", True, f"{len(means)} norms, mean {overall:.3f}")
+
+
+def _mean(folder: HFFolder, name: str) -> float:
+    spec = folder.specs[name]
+    if spec.dtype not in FLOAT_CODES.values():
+        raise SourceError(f"{name}: a norm stored as {spec.dtype}, expected a float dtype")
+    return float(widen(folder.read_rows(name, 0, spec.rows), spec.dtype).mean())
