@@ -1,0 +1,133 @@
+"""The model families we convert, and what stock mlx-lm takes for granted when config.json is silent.
+
+Facts of mlx-lm 0.32 (`mlx_lm/models/<module>.py`, the fields of ModelArgs; `MODEL_REMAPPING` in utils.py).
+tests/families/test_shape.py compares this table with the installed mlx-lm, so an upgrade that moves a default is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+# model_type -> mlx-lm's module, where they differ.
+REMAPPING = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama", "kimi_k2": "deepseek_v3"}
+
+# derived  always hidden_size // num_attention_heads, whatever the config says
+# either   config's head_dim where it is set, else derived
+# own      config's head_dim (or its default)
+HeadDim = Literal["derived", "either", "own"]
+
+# config   tie_word_embeddings decides      always  there is no output head of its own
+# never    there always is one              present lm_head.weight in the source decides
+Tie = Literal["config", "always", "never", "present"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`required`: the keys mlx-lm has no default for (beyond BASE); `defaults`: those of the keys we read that it has."""
+
+    head_dim: HeadDim = "derived"
+    tie: Tie = "config"
+    required: tuple[str, ...] = ()
+    defaults: Mapping[str, int | bool | None] = field(default_factory=dict)
+
+
+# Every family reads these; they are required where the family has no default for them.
+BASE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+
+_GRANITE = (
+    "rms_norm_eps", "logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+    "max_position_embeddings", "num_key_value_heads", "attention_bias", "rope_theta",
+)  # fmt: skip
+_MOE3 = (
+    "num_experts", "num_experts_per_tok", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size",
+    "rms_norm_eps", "num_key_value_heads", "head_dim", "rope_theta", "max_position_embeddings",
+)  # fmt: skip
+_DEEPSEEK: dict[str, int | bool | None] = {
+    "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512,
+    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "moe_layer_freq": 1,
+    "first_k_dense_replace": 0, "max_position_embeddings": 2048,
+}  # fmt: skip
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+
+FACTS: dict[str, Facts] = {
+    "llama": Facts("either", "config", ("rms_norm_eps",), _TIED),
+    "smollm3": Facts("either", "config", ("rms_norm_eps",), _TIED),
+    "mixtral": Facts("derived", "config", (), _UNTIED | {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    }),
+    "qwen2": Facts("derived", "config", ("rms_norm_eps", "num_key_value_heads"),
+                   _TIED | {"max_position_embeddings": 32768}),
+    "qwen2_moe": Facts("derived", "never", (
+        "num_experts_per_tok", "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size",
+        "rms_norm_eps",
+    )),
+    "qwen3": Facts("own", "config", (
+        "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "head_dim", "tie_word_embeddings",
+    )),
+    "qwen3_moe": Facts("own", "config", (*_MOE3, "tie_word_embeddings", "norm_topk_prob")),
+    "qwen3_next": Facts("own", "config", (
+        *_MOE3, "linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim",
+        "linear_conv_kernel_dim", "shared_expert_intermediate_size", "partial_rotary_factor",
+    ), _UNTIED | {"full_attention_interval": 4}),
+    "gemma": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
+    "gemma2": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
+    "gemma3_text": Facts("own", "present", (), {
+        "hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912, "num_attention_heads": 4,
+        "head_dim": 256, "vocab_size": 262144, "num_key_value_heads": 1, "sliding_window": 512,
+        "sliding_window_pattern": 6, "max_position_embeddings": 32768,
+    }),
+    # gemma3 is gemma3_text under `language_model.`, with three defaults of its own (gemma3.py, __post_init__).
+    "gemma3": Facts("own", "present", ("text_config",), {
+        "hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912, "num_attention_heads": 8,
+        "head_dim": 256, "vocab_size": 262208, "num_key_value_heads": 4, "sliding_window": 512,
+        "sliding_window_pattern": 6, "max_position_embeddings": 32768,
+    }),
+    "phi3": Facts("derived", "config", ("rms_norm_eps",), _UNTIED | {"max_position_embeddings": 131072}),
+    "phi": Facts("derived", "never", (), {
+        "max_position_embeddings": 2048, "vocab_size": 51200, "hidden_size": 2560, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "intermediate_size": 10240,
+    }),
+    "olmo2": Facts("either", "config", ("rms_norm_eps",), _TIED),
+    "olmoe": Facts("either", "config", ("rms_norm_eps", "num_experts", "num_experts_per_tok"), _TIED),
+    "granite": Facts("derived", "config", (*_GRANITE, "mlp_bias"), _TIED),
+    "granitemoe": Facts("derived", "config", (*_GRANITE, "num_local_experts", "num_experts_per_tok"), _TIED),
+    "starcoder2": Facts("derived", "config", ("num_key_value_heads",), _TIED | {"vocab_size": 49152}),
+    "cohere": Facts("derived", "always", (), {
+        "hidden_size": 8192, "num_hidden_layers": 40, "intermediate_size": 22528, "num_attention_heads": 64,
+        "num_key_value_heads": 64, "vocab_size": 256000,
+    }),
+    "cohere2": Facts("own", "always", (), {
+        "hidden_size": 4096, "head_dim": 128, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 256000, "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    }),
+    "stablelm": Facts("derived", "never", (
+        "num_key_value_heads", "rope_theta", "use_qkv_bias", "partial_rotary_factor", "layer_norm_eps",
+    )),
+    "glm4": Facts("own", "never", (
+        "attention_bias", "head_dim", "rms_norm_eps", "num_key_value_heads", "partial_rotary_factor", "rope_theta",
+    ), {"max_position_embeddings": 32768}),
+    "gpt_oss": Facts("own", "never", (), {
+        "num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,
+        "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "sliding_window": 128,
+    }),
+    "deepseek_v2": Facts("derived", "never", (), _DEEPSEEK),
+    "deepseek_v3": Facts("derived", "never", (), _DEEPSEEK | {"num_experts_per_tok": 1}),
+    "mamba2": Facts("own", "config", (
+        "num_heads", "head_dim", "state_size", "layer_norm_epsilon", "conv_kernel", "n_groups", "use_bias",
+        "use_conv_bias", "tie_word_embeddings", "time_step_limit", "time_step_rank",
+    ), {"max_position_embeddings": 2056}),
+    "nemotron_h": Facts("either", "never", (
+        "max_position_embeddings", "num_key_value_heads", "attention_bias", "mamba_num_heads", "mamba_head_dim",
+        "mamba_proj_bias", "ssm_state_size", "conv_kernel", "n_groups", "mlp_bias", "layer_norm_epsilon", "use_bias",
+        "use_conv_bias",
+    )),
+}  # fmt: skip
+
+KNOWN_TYPES: tuple[str, ...] = tuple(sorted({*FACTS, *REMAPPING}))

@@ -1,0 +1,240 @@
+"""Which rows of which source tensors become which MLX tensor, for the checkpoints of every family we know.
+
+The result is what stock mlx-lm's `Model.sanitize` makes of the same checkpoint: names, shapes and values (tests run the
+real one beside it). Unlike there, nothing is lost in silence: a tensor is used, dropped with a reason, or an error.
+Both a Hugging Face checkpoint and an unquantized MLX folder (experts stacked already) are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.families.known import FACTS
+from mlxquant.families.layout import Change, Layout, Piece, Target
+from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags
+from mlxquant.families.shape import ModelShape, text_config
+from mlxquant.tensors import TensorSpec
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_CHANGES: dict[How, Change] = {"add_one": "add_one", "mla_q": "mla_embed_q", "mla_v": "mla_unembed"}
+_COMMON_DROPS = ((r".*rotary_emb\.inv_freq", "computed at load time, not learned"),)
+_NAMED = 8  # names in one message
+_ENOUGH = 200  # missing names after which looking further tells nobody more
+
+
+def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout:
+    """The targets of stock mlx-lm's model for this checkpoint, in the model's order, and what was left out.
+
+    SourceError: tensors missing, of another shape than config.json says, or of mixed dtypes. UnsupportedError: an
+    unknown family, tensors the family has no place for, or weights that are not float.
+    """
+    shape = ModelShape.from_config(config)
+    sources = {_canonical(shape.module, name): spec for name, spec in specs.items()}
+    build = _Build(shape, FAMILIES[shape.module], dimensions(shape), sources)
+    build.flags = model_flags(text_config(config), shape) | _head(config, shape, sources)
+    for row, name, source in _expected(build):
+        if (target := build.target(row, name, source)) is not None:
+            build.targets.append(target)
+        if len(build.missing) >= _ENOUGH:
+            break
+    build.check_missing()
+    return Layout(tuple(build.targets), build.dropped(config))
+
+
+def _canonical(module: str, name: str) -> str:
+    """gemma3 saved by newer transformers has language_model inside model instead of outside."""
+    if module != "gemma3":
+        return name
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    return f"language_model.{name}" if name == "lm_head.weight" else name
+
+
+def _head(config: Mapping[str, Any], shape: ModelShape, sources: Mapping[str, TensorSpec]) -> set[str]:
+    """'head' where mlx-lm's model has an output head, 'copied_head' where it must be copied from the embedding."""
+    rule = FACTS[shape.module].tie
+    present = any(name in sources for name in ("lm_head.weight", "language_model.lm_head.weight"))
+    stated = text_config(config).get("tie_word_embeddings")
+    if rule == "present":
+        return {"head"} if present else set()
+    if rule == "never":
+        return {"copied_head"} if stated is True and not present else {"head"}
+    if rule == "always" and stated is False:
+        raise UnsupportedError(
+            f"config.json says tie_word_embeddings: false, but stock mlx-lm's {shape.module} has no output head of its own"
+        )
+    if rule == "config" and shape.tied and stated is None and present:
+        raise SourceError(
+            "the source has lm_head.weight, but config.json does not say whether embeddings are tied; "
+            "stock mlx-lm would take them as tied and lose it",
+            hint='add "tie_word_embeddings": false to config.json if lm_head.weight is the output head, true if not',
+        )
+    return set() if shape.tied else {"head"}
+
+
+@dataclass
+class _Build:
+    """What one call of layout() collects on its way."""
+
+    shape: ModelShape
+    family: Family
+    dims: Mapping[str, int]
+    sources: Mapping[str, TensorSpec]
+    flags: set[str] = field(default_factory=set)
+    targets: list[Target] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+
+    def target(self, row: Row, name: str, source: str) -> Target | None:
+        """The target for one expected tensor, or None with the missing names noted."""
+        out = tuple(self.size(word) for word in row.dims.split())
+        if source != name and name in self.sources:  # an MLX folder: stacked, split or halved already
+            return self.make(row, name, out, [name], out, "same")
+        if row.how == "stack":
+            names = [source.format(e=e) for e in range(out[0])]
+            return self.make(row, name, out, names, out[1:], row.how)
+        if row.how == "half":
+            return self.make(row, name, out, [source], (out[0], 2 * out[1], out[2]), row.how)
+        if row.how in ("mla_q", "mla_v"):
+            return self.make(row, name, out, [source], (self.dims["kvb"], self.dims["kvl"]), row.how)
+        if row.how == "conv" and (spec := self.sources.get(name)) is not None and spec.shape != out:
+            return self.make(row, name, out, [name], (out[0], 1, out[1]), row.how)
+        return self.make(row, name, out, [source], out, row.how)
+
+    def make(
+        self,
+        row: Row,
+        name: str,
+        shape: tuple[int, ...],
+        names: list[str],
+        expected: tuple[int, ...],
+        how: How,
+    ) -> Target | None:
+        if absent := [n for n in names if n not in self.sources]:
+            self.missing += [n for n in absent[:_ENOUGH] if n not in self.missing]
+            return None
+        specs = [self.sources[n] for n in names]
+        for canonical, spec in zip(names, specs, strict=True):
+            self.used.add(canonical)
+            self.check(spec, expected, specs[0])
+        return Target(
+            name=name,
+            shape=shape,
+            dtype=specs[0].dtype,
+            pieces=tuple(_pieces(row, specs, shape))
+            if how == "half"
+            else tuple(Piece(s.name, 0, s.rows) for s in specs),
+            change="none" if how == "add_one" and self.shifted else _CHANGES.get(how, "none"),
+            heads=self.shape.heads if how in ("mla_q", "mla_v") else 0,
+            cast=row.cast,
+        )
+
+    @property
+    def shifted(self) -> bool:
+        """An MLX folder has its norms as 1 + w already; like mlx-lm we tell it by its experts, which it has stacked."""
+        return not any(".experts.0." in name for name in self.sources)
+
+    def size(self, word: str) -> int:
+        """'2f' -> 2 * f; '1' -> 1."""
+        digits, key = re.fullmatch(r"(\d*)(\w*)", word).groups()  # type: ignore[union-attr]
+        return int(digits or 1) * (self.dims[key] if key else 1)
+
+    def check(self, spec: TensorSpec, expected: tuple[int, ...], first: TensorSpec) -> None:
+        if spec.shape != expected:
+            raise SourceError(
+                f"{spec.name} is {list(spec.shape)}, expected {list(expected)} from config.json ({self.shape.model_type})"
+            )
+        if spec.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"{spec.name} is {spec.dtype}, expected float weights ({', '.join(_FLOATS)})",
+                hint="convert from the original, unquantized model",
+            )
+        if spec.dtype != first.dtype:
+            raise SourceError(
+                f"{spec.name} is {spec.dtype}, but {first.name}, which it is joined with, is {first.dtype}"
+            )
+
+    def check_missing(self) -> None:
+        if self.missing:
+            count = f"{len(self.missing)} tensors are" if len(self.missing) > 1 else "a tensor is"
+            raise SourceError(
+                f"{count} missing that config.json asks for: {_some(self.missing)}",
+                hint="is a shard missing, or does config.json belong to another model?",
+            )
+
+    def dropped(self, config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of everything left out; UnsupportedError when there is no reason for it."""
+        left, unknown = [], []
+        for canonical, spec in self.sources.items():
+            if canonical in self.used:
+                continue
+            if (reason := self.reason(canonical, config)) is not None:
+                left.append((spec.name, reason))
+            else:
+                unknown.append(spec.name)
+        if unknown:
+            count = f"{len(unknown)} tensors" if len(unknown) > 1 else "a tensor"
+            raise UnsupportedError(
+                f"{count} of the source have no place in a {self.shape.model_type} model: {_some(unknown)}"
+            )
+        return tuple(left)
+
+    def reason(self, name: str, config: Mapping[str, Any]) -> str | None:
+        for pattern, why in (*self.family.drops, *_COMMON_DROPS):
+            if re.fullmatch(pattern, name):
+                return why
+        if name == "lm_head.weight" and "head" not in self.flags:
+            return "tied: the embedding is the output head"
+        more = config.get("num_nextn_predict_layers")
+        if self.shape.module == "deepseek_v3" and type(more) is int:
+            index = re.match(r"model\.layers\.(\d{1,9})\.", name)
+            if index and self.shape.layers <= int(index[1]) < self.shape.layers + more:
+                return "multi-token prediction, which mlx-lm does not run"
+        return None
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _pieces(row: Row, specs: list[TensorSpec], shape: tuple[int, ...]) -> Iterator[Piece]:
+    """One half of every expert's fused gate and up matrix: rows e * 2m + part * m, m of them."""
+    experts, rows = shape[:2]
+    for e in range(experts):
+        yield Piece(specs[0].name, (2 * e + row.part) * rows, rows)
+
+
+def _expected(build: _Build) -> Iterator[tuple[Row, str, str]]:
+    """(row, MLX name, source name) in the model's order: embedding, layers, the rest of the root."""
+    shape, family = build.shape, build.family
+    for name in build.sources:
+        for pattern, why in family.refuses:
+            if re.fullmatch(pattern, name):
+                raise UnsupportedError(f"{build.sources[name].name}: {why}")
+    if shape.module == "deepseek_v3" and shape.layers > 61:
+        raise UnsupportedError(
+            f"config.json: num_hidden_layers is {shape.layers}, but stock mlx-lm's deepseek_v3 drops layer 61"
+        )
+    root = [row for row in family.root if set(row.when.split()) <= build.flags]
+    yield root[0], root[0].name, root[0].name
+    for index, kinds in enumerate(zip(shape.mixers, shape.ffns, strict=True)):
+        flags = build.flags | set(kinds)
+        for row in family.layer:
+            if set(row.when.split()) <= flags:
+                for one in _repeated(row, build):
+                    at = f"{family.prefix}.{index}."
+                    yield one, at + one.name, at + (one.source or one.name)
+    for row in root[1:]:
+        yield row, row.name, row.source or row.name
+
+
+def _repeated(row: Row, build: _Build) -> Iterator[Row]:
+    if not row.repeat:
+        yield row
+    for n in range(build.dims[row.repeat] if row.repeat else 0):
+        yield replace(row, name=row.name.format(n=n))

@@ -1,0 +1,55 @@
+"""What stock mlx-lm quantizes, and how, when it is asked for one format everywhere: the law of `--recipe uniform`.
+
+Facts of mlx-lm 0.32: `quantize_model` in utils.py and the `quant_predicate` of mlx_lm/models/<module>.py.
+"""
+
+from __future__ import annotations
+
+from mlxquant.codecs.spec import KEEP, Codec, affine
+from mlxquant.families.known import REMAPPING
+
+# Weights that no module with `to_quantized` holds: MoEGate and LayerNorm2D keep raw arrays. Ends of MLX names.
+_RAW = {
+    "deepseek_v2": ("mlp.gate.weight",),
+    "deepseek_v3": ("mlp.gate.weight",),
+    "nemotron_h": ("mixer.gate.weight",),
+    "cohere": ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+}
+
+# quant_predicate: module paths that end in one of these get 8 bits in groups of 64. The granite rules are mlx-lm's
+# own, and "mlp.down_proj" catches granitemoe's "switch_mlp.down_proj" there too.
+_PRESET = affine(8, 64)
+_EIGHT_BITS = {
+    "qwen3_moe": ("mlp.gate",),
+    "qwen3_next": ("mlp.gate", "shared_expert_gate"),
+    "gpt_oss": ("router",),
+    "granite": ("self_attn.o_proj", "mlp.down_proj"),
+    "granitemoe": ("block_sparse_moe.router.layer", "self_attn.o_proj", "mlp.down_proj"),
+}
+_EIGHT_BIT_HEADS = ("granite", "granitemoe")
+
+
+def quantizable(model_type: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether mlx-lm's module for this MLX tensor can be quantized at all: Linear, Embedding, SwitchLinear, MultiLinear."""
+    if not name.endswith(".weight") or len(shape) < 2 or (len(shape) == 3 and shape[-1] == 1):
+        return False  # vectors, biases, and convolutions (C, K, 1)
+    return not name.endswith(_RAW.get(REMAPPING.get(model_type, model_type), ()))
+
+
+def preset(model_type: str, name: str) -> Codec | None:
+    """The format mlx-lm itself sets for this tensor whatever was asked for, or None."""
+    module, path = REMAPPING.get(model_type, model_type), name.removesuffix(".weight")
+    if path.endswith(_EIGHT_BITS.get(module, ())) or (path == "lm_head" and module in _EIGHT_BIT_HEADS):
+        return _PRESET
+    return None
+
+
+def uniform_codec(model_type: str, name: str, shape: tuple[int, ...], codec: Codec) -> Codec:
+    """What `mlx_lm.convert` stores the MLX tensor `name` as when asked for `codec`.
+
+    A width that the asked-for group size does not divide is left float there, without a word (quantize_model); the
+    caller is to say so.
+    """
+    if not codec.quantized or not quantizable(model_type, name, shape) or not codec.divides(shape[-1]):
+        return KEEP
+    return preset(model_type, name) or codec

@@ -1,0 +1,358 @@
+"""A model's dimensions, read from a config.json that nobody has vouched for.
+
+Values mean what they mean to stock mlx-lm: where a key is missing its default counts (known.py), because the folder we
+write is read by it. Every number is checked for type and range before anything is sized by it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.families.known import BASE, FACTS, KNOWN_TYPES, REMAPPING
+
+Mixer = Literal["full", "sliding", "linear", "ssm", "none"]
+Ffn = Literal["dense", "moe", "none"]
+
+_MISSING = object()
+# Far above any model, far below what would make a plan take minutes.
+_MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
+
+_NEMOTRON_BLOCKS = {
+    "full_attention": "*", "attention": "*", "linear_attention": "M", "mamba": "M", "conv": "M", "moe": "E", "mlp": "-",
+}  # fmt: skip
+_NEMOTRON_KINDS: dict[str, tuple[Mixer, Ffn]] = {
+    "*": ("full", "none"),
+    "M": ("ssm", "none"),
+    "E": ("none", "moe"),
+    "-": ("none", "dense"),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a family's tensors and caches are sized by. Counts are elements; 0 or None where the family has no such part.
+
+    module: the file in mlx_lm/models that runs it (mistral -> llama). mixers, ffns: one entry per layer.
+    tied: the embedding is the output head in mlx-lm's eyes (gemma3: unless the source holds lm_head.weight).
+    modalities: "text", and "vision" or "audio" where the config describes parts that are not converted.
+    Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is their state.
+    """
+
+    model_type: str
+    module: str
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    context_length: int | None
+    tied: bool
+    mixers: tuple[Mixer, ...]
+    ffns: tuple[Ffn, ...]
+    sliding_window: int | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    moe_latent_size: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    qk_nope_head_dim: int = 0
+    v_head_dim: int = 0
+    conv_channels: int = 0
+    conv_kernel: int = 0
+    state_heads: int = 0
+    state_key: int = 0
+    state_value: int = 0
+    modalities: tuple[str, ...] = ("text",)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Reads config.json. SourceError names the key that is missing or wrong; UnsupportedError an unknown family."""
+        reader = _Reader.open(config)
+        module, facts = reader.module, FACTS[reader.module]
+        reader.check_required()
+        hidden, heads = reader.integer("hidden_size"), _heads(reader)
+        head_dim = reader.optional("head_dim") if facts.head_dim != "derived" else None
+        pairs = _layer_kinds(reader)
+        experts = _experts(reader)
+        return cls(
+            model_type=reader.model_type,
+            module=module,
+            hidden_size=hidden,
+            layers=len(pairs),
+            heads=heads,
+            kv_heads=reader.optional("num_key_value_heads") or heads,
+            head_dim=head_dim or max(1, hidden // heads),
+            intermediate_size=reader.integer("intermediate_size"),
+            vocab_size=reader.integer("vocab_size"),
+            context_length=reader.optional("max_position_embeddings"),
+            tied=_tied(reader),
+            mixers=tuple(mixer for mixer, _ in pairs),
+            ffns=tuple(ffn for _, ffn in pairs),
+            sliding_window=reader.optional("sliding_window")
+            if any(m == "sliding" for m, _ in pairs)
+            else None,
+            experts=experts,
+            experts_per_token=(reader.optional("num_experts_per_tok") or 0) if experts else 0,
+            moe_intermediate_size=_moe_width(reader) if experts else 0,
+            shared_intermediate_size=_shared_width(reader) if experts else 0,
+            moe_latent_size=(reader.optional("moe_latent_size") or 0) if module == "nemotron_h" else 0,
+            modalities=_modalities(config),
+            **_latents(reader),
+            **_recurrent(reader),
+        )
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """text_config merged over the root, and rope settings of transformers 5 where stock mlx-lm looks for them.
+
+    transformers >= 5 writes rope_parameters = {rope_theta, rope_type, ...}, which most mlx-lm families do not read: a
+    llama would run with rope_theta 10000 without a word. Explicit flat keys win.
+    """
+    inner = config.get("text_config")
+    if inner is not None and not isinstance(inner, Mapping):
+        raise SourceError(f"config.json: text_config is {inner!r}, expected an object")
+    merged = {k: v for k, v in config.items() if k != "text_config"} | dict(inner or {})
+    if isinstance(config.get("model_type"), str):
+        merged["model_type"] = config["model_type"]
+    if config.get("model_type") == "gemma3" and "vocab_size" in config:
+        merged["vocab_size"] = config["vocab_size"]  # mlx-lm's gemma3 looks at the root first
+    return _flat_rope(merged.get("rope_parameters")) | merged
+
+
+def _flat_rope(rope: Any) -> dict[str, Any]:
+    """The flat keys that stand for rope_parameters; nothing when it is absent or of a kind we do not know."""
+    if not isinstance(rope, Mapping):
+        return {}
+    if isinstance(full := rope.get("full_attention"), Mapping):  # gemma3: one set for each kind of layer
+        local = rope.get("sliding_attention")
+        extra = (
+            {"rope_local_base_freq": local["rope_theta"]}
+            if isinstance(local, Mapping) and "rope_theta" in local
+            else {}
+        )
+        return _flat_rope({k: v for k, v in full.items() if k != "full_attention"}) | extra
+    flat = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    if rope.get("rope_type", "default") != "default":
+        flat["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return flat
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The merged config with mlx-lm's defaults behind it; every read is typed."""
+
+    model_type: str
+    module: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, config: Mapping[str, Any]) -> _Reader:
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str):
+            raise SourceError(f"config.json: model_type is {model_type!r}, expected a name such as 'llama'")
+        module = REMAPPING.get(model_type, model_type)
+        if module not in FACTS:
+            raise UnsupportedError(
+                f"config.json: model_type {model_type!r} is not a family mlxquant knows",
+                hint=f"known are {', '.join(KNOWN_TYPES)}",
+            )
+        return cls(model_type, module, text_config(config))
+
+    def check_required(self) -> None:
+        facts = FACTS[self.module]
+        needed = (
+            *(k for k in BASE if k not in facts.defaults and k not in _ELSEWHERE.get(self.module, ())),
+            *facts.required,
+        )
+        for key in needed:
+            if self.config.get(key, _MISSING) is _MISSING:
+                raise SourceError(f"config.json has no {key}, which a {self.model_type} model needs")
+
+    def raw(self, key: str) -> Any:
+        return self.config.get(key, FACTS[self.module].defaults.get(key))
+
+    def integer(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int:
+        value = self.raw(key)
+        if type(value) is not int or not low <= value <= high:
+            raise SourceError(
+                f"config.json: {key} is {value!r}, expected a whole number from {low} to {high}"
+            )
+        return value
+
+    def optional(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int | None:
+        return None if self.raw(key) is None else self.integer(key, low, high)
+
+    def flag(self, key: str) -> bool:
+        value = self.raw(key)
+        if value is not None and not isinstance(value, bool):
+            raise SourceError(f"config.json: {key} is {value!r}, expected true or false")
+        return bool(value)
+
+    def sequence(self, key: str, kind: type, length: int | None = None) -> list[Any] | None:
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise SourceError(f"config.json: {key} is {value!r:.60}, expected a list of {kind.__name__}")
+        if length is not None and len(value) != length:
+            raise SourceError(
+                f"config.json: {key} has {len(value)} entries, expected one for each of {length} layers"
+            )
+        return value
+
+
+# Keys of BASE that a family derives or has not.
+_ELSEWHERE = {"mamba2": ("num_attention_heads",), "nemotron_h": ("num_hidden_layers",)}
+
+
+def flags(config: Mapping[str, Any], keys: tuple[str, ...]) -> set[str]:
+    """Those of `keys` that config.json sets to true; SourceError for anything but true, false or null."""
+    reader = _Reader.open(config)
+    return {key for key in keys if reader.flag(key)}
+
+
+def _heads(reader: _Reader) -> int:
+    return reader.integer("num_heads" if reader.module == "mamba2" else "num_attention_heads")
+
+
+def _tied(reader: _Reader) -> bool:
+    rule = FACTS[reader.module].tie
+    if rule == "present":
+        return reader.raw("tie_word_embeddings") is None or reader.flag("tie_word_embeddings")
+    return rule == "always" or (rule == "config" and reader.flag("tie_word_embeddings"))
+
+
+def _experts(reader: _Reader) -> int:
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if reader.raw(key) is not None:
+            return reader.integer(key, low=0, high=_MAX_EXPERTS)
+    return 0
+
+
+def _moe_width(reader: _Reader) -> int:
+    """mixtral, olmoe, granitemoe and gpt_oss name the experts' width intermediate_size."""
+    own = reader.module in (
+        "qwen2_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "deepseek_v2",
+        "deepseek_v3",
+        "nemotron_h",
+    )
+    return reader.integer("moe_intermediate_size" if own else "intermediate_size")
+
+
+def _shared_width(reader: _Reader) -> int:
+    if reader.module in ("qwen2_moe", "qwen3_next"):
+        return reader.integer("shared_expert_intermediate_size")
+    shared = reader.optional("n_shared_experts", low=0)
+    if reader.module == "nemotron_h":
+        return reader.integer("moe_shared_expert_intermediate_size") if shared else 0
+    return reader.integer("moe_intermediate_size") * shared if shared else 0
+
+
+def _latents(reader: _Reader) -> dict[str, int]:
+    if not reader.module.startswith("deepseek"):
+        return {}
+    keys = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {key: reader.integer(key) for key in keys} | {"q_lora_rank": reader.optional("q_lora_rank") or 0}
+
+
+def _recurrent(reader: _Reader) -> dict[str, int]:
+    if reader.module == "qwen3_next":
+        key, value = reader.integer("linear_key_head_dim"), reader.integer("linear_value_head_dim")
+        key_heads, heads = reader.integer("linear_num_key_heads"), reader.integer("linear_num_value_heads")
+        channels, kernel = 2 * key * key_heads + value * heads, reader.integer("linear_conv_kernel_dim")
+    elif reader.module in ("mamba2", "nemotron_h"):
+        names = (
+            ("num_heads", "head_dim") if reader.module == "mamba2" else ("mamba_num_heads", "mamba_head_dim")
+        )
+        heads, value = (reader.integer(name) for name in names)
+        key = reader.optional("ssm_state_size") or reader.integer("state_size")
+        channels, kernel = heads * value + 2 * reader.integer("n_groups") * key, reader.integer("conv_kernel")
+    else:
+        return {}
+    sizes = {"conv_channels": channels, "conv_kernel": kernel, "state_heads": heads}
+    return sizes | {"state_key": key, "state_value": value}
+
+
+def _modalities(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("text", *(kind for kind in ("vision", "audio") if config.get(f"{kind}_config")))
+
+
+def _layer_kinds(reader: _Reader) -> list[tuple[Mixer, Ffn]]:
+    if reader.module == "nemotron_h":
+        return [_NEMOTRON_KINDS[char] for char in _nemotron_pattern(reader)]
+    count = reader.integer("num_hidden_layers", high=_MAX_LAYERS)
+    return list(zip(_mixers(reader, count), _ffns(reader, count), strict=True))
+
+
+def _nemotron_pattern(reader: _Reader) -> str:
+    pattern = reader.raw("hybrid_override_pattern")
+    if pattern is None:
+        blocks = reader.sequence("layers_block_type", str) or reader.sequence("layer_types", str) or []
+        pattern = "".join(_NEMOTRON_BLOCKS.get(block, "?") for block in blocks)
+    pattern = (
+        "".join(pattern)
+        if isinstance(pattern, list) and all(isinstance(c, str) for c in pattern)
+        else pattern
+    )
+    if (
+        not isinstance(pattern, str)
+        or not 0 < len(pattern) <= _MAX_LAYERS
+        or set(pattern) - set(_NEMOTRON_KINDS)
+    ):
+        found = f"{pattern!r:.60}"
+        raise SourceError(
+            f"config.json: hybrid_override_pattern is {found}, expected a string of 'M', '*', '-' and 'E'"
+        )
+    return pattern
+
+
+def _mixers(reader: _Reader, count: int) -> list[Mixer]:
+    module = reader.module
+    if module == "mamba2":
+        return ["ssm"] * count
+    if module == "qwen3_next":
+        every = reader.integer("full_attention_interval")
+        return ["linear" if (i + 1) % every else "full" for i in range(count)]
+    if module in ("gemma3", "gemma3_text", "cohere2"):
+        every = reader.integer("sliding_window_pattern")
+        return ["sliding" if (i + 1) % every else "full" for i in range(count)]
+    if module not in ("llama", "smollm3", "gpt_oss"):
+        return ["full"] * count
+    types = reader.sequence("layer_types", str, count)
+    if types is None:  # gpt_oss alternates, starting with a window
+        return ["sliding" if module == "gpt_oss" and i % 2 == 0 else "full" for i in range(count)]
+    if unknown := Counter(types) - Counter({"full_attention": count, "sliding_attention": count}):
+        raise UnsupportedError(
+            f"config.json: layer_types has {', '.join(map(repr, unknown))}, which {module} has not"
+        )
+    return ["sliding" if kind == "sliding_attention" else "full" for kind in types]
+
+
+def _ffns(reader: _Reader, count: int) -> list[Ffn]:
+    module = reader.module
+    if module == "mamba2":
+        return ["none"] * count
+    if not _experts(reader):
+        return ["dense"] * count
+    if module in ("qwen3_moe", "qwen3_next"):
+        step, dense = (
+            reader.integer("decoder_sparse_step"),
+            set(reader.sequence("mlp_only_layers", int) or ()),
+        )
+        return ["dense" if i in dense or (i + 1) % step else "moe" for i in range(count)]
+    if module.startswith("deepseek"):
+        first, step = reader.integer("first_k_dense_replace", low=0), reader.integer("moe_layer_freq")
+        return ["moe" if i >= first and i % step == 0 else "dense" for i in range(count)]
+    return ["moe"] * count
