@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +18,10 @@ from mlxquant.convert.sidecars import config_json, written_sidecars
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.errors import SourceError
 from mlxquant.files.publish import Workspace
-from mlxquant.files.shards import ShardWriter, assign, index_json
+from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
 from mlxquant.plan.plan import Plan, PlannedTensor
+from mlxquant.tensors import DTYPES
 
-SHARD_BYTES = 5 * 10**9
 Array = np.ndarray[Any, Any]
 
 
@@ -32,15 +32,25 @@ class Progress(Protocol):
     def advance(self, nbytes: int) -> None: ...
 
 
+class Silent:
+    """Nobody watches."""
+
+    def start(self, total_bytes: int, done_bytes: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+
 def to_mlx(
     source: OpenSource,
     plan: Plan,
     out: Path,
     *,
-    resume: bool = False,
+    resume: bool | None = None,
     restart: bool = False,
     force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = LIMIT_BYTES,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the MLX folder `out` and returns it.
@@ -48,78 +58,78 @@ def to_mlx(
     Peak memory is a few row chunks, whatever the model's size. Killed at any point, the next call goes on from the
     journal and ends in the same bytes. Raises SourceError (bytes missing, NaN) and TargetError (see Workspace).
     """
+    watch = progress or Silent()
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
     digest = hashlib.sha256(f"{plan.digest()} {shard_bytes} {fingerprint(source)}".encode()).hexdigest()
-    with Workspace.open(out, digest, resume=resume, restart=restart, force=force, source=source.path) as work:
-        writer = ShardWriter(work, shards)
+    with Workspace.open(
+        out, digest, shards, source=source.path, resume=resume, restart=restart, force=force
+    ) as work, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
         todo = [t for t in plan.tensors if not work.done(t.name)]
-        if progress:
-            progress.start(sum(map(source_bytes, plan.tensors)), sum(map(source_bytes, plan.tensors)) - sum(map(source_bytes, todo)))
+        total = sum(map(source_bytes, plan.tensors))
+        watch.start(total, total - sum(map(source_bytes, todo)))
         for tensor in todo:
-            work.finish(tensor.name, stream(source, tensor, writer, progress.advance if progress else None))
-        writer.close()
+            stream(source, tensor, work, watch, ahead, behind)
         write_small_files(source, plan, work, index_json(shards, plan.size))
         work.publish()
     return out
 
 
 def source_bytes(tensor: PlannedTensor) -> int:
-    return tensor.size * 2
+    return tensor.size * DTYPES[tensor.target.dtype].itemsize
 
 
 def stream(
-    source: OpenSource, tensor: PlannedTensor, writer: ShardWriter, advance: Callable[[int], None] | None
-) -> dict[str, str]:
-    """Encodes one tensor chunk by chunk. Returns the sha256 of each stored part.
+    source: OpenSource,
+    tensor: PlannedTensor,
+    work: Workspace,
+    watch: Progress,
+    ahead: ThreadPoolExecutor,
+    behind: ThreadPoolExecutor,
+) -> None:
+    """Encodes one tensor chunk by chunk.
 
     The next chunk is read, and the last one hashed and written, while the kernels encode: those wait on the disk and
-    release the GIL, these keep the cores busy.
+    release the GIL, these keep the cores busy. Never more than one chunk waits on either side.
     """
-    parts = tensor.parts
-    hashes = {part.name: hashlib.sha256() for part in parts}
-    offsets = {part.name: 0 for part in parts}
+    parts = [part.name for part in tensor.parts]
 
     def put(arrays: tuple[Array, ...]) -> None:
-        for part, array in zip(parts, arrays, strict=True):
-            data = memoryview(np.ascontiguousarray(array)).cast("B")
-            hashes[part.name].update(data)
-            writer.write(part.name, offsets[part.name], data)
-            offsets[part.name] += len(data)
+        for name, array in zip(parts, arrays, strict=True):
+            work.write(name, array)
 
-    with ThreadPoolExecutor(1) as behind:
-        writing = None
-        for raw, start in read_ahead(source, tensor):
-            arrays = encode_named(tensor, raw, start)
-            if writing:
-                writing.result()
-            writing = behind.submit(put, arrays)
-            if advance:
-                advance(raw.size * 2)
+    writing: Future[None] | None = None
+    for raw, start in read_ahead(source, tensor, ahead):
+        arrays = encode_named(tensor, raw, start)
         if writing:
             writing.result()
-    return {name: digest.hexdigest() for name, digest in hashes.items()}
+        writing = behind.submit(put, arrays)
+        watch.advance(raw.nbytes)
+    if writing:
+        writing.result()
+    work.finish(tensor.name, parts)
 
 
-def read_ahead(source: OpenSource, tensor: PlannedTensor) -> Iterator[tuple[Array, int]]:
-    """Chunks of the target in order, one of them being read while the caller works on the one before."""
+def read_ahead(source: OpenSource, tensor: PlannedTensor, ahead: ThreadPoolExecutor) -> Iterator[tuple[Array, int]]:
+    """(raw rows, first row) of the target in order, the next chunk being read while the caller works on this one."""
     ranges = list(chunks(tensor.target))
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(rows, source, tensor.target, *ranges[0])
-        for (start, _), following in zip(ranges, [*ranges[1:], None], strict=True):
-            raw = coming.result()
-            if following:
-                coming = ahead.submit(rows, source, tensor.target, *following)
-            yield raw, start
+    coming = ahead.submit(rows, source, tensor.target, *ranges[0])
+    for (start, _), following in zip(ranges, [*ranges[1:], None], strict=True):
+        raw = coming.result()
+        if following:
+            coming = ahead.submit(rows, source, tensor.target, *following)
+        yield raw, start
 
 
 def encode_named(tensor: PlannedTensor, raw: Array, start: int) -> tuple[Array, ...]:
-    """encode(), with the tensor's name added to what it complains of."""
+    """encode(), with the tensor's name added to what it complains of. What is no float is stored as it is."""
+    if not DTYPES[tensor.target.dtype].floating:
+        return (raw,)
     try:
         return encode(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
     except NonFiniteError as error:
         raise SourceError(
-            f"{tensor.name}: row {start + error.row} holds NaN or infinity, or does not fit {tensor.dtype}",
-            hint="download the file again; if the value is simply too large, use --dtype bfloat16",
+            f"{tensor.name}: row {start + error.row}: {error.reason}",
+            hint="download the file again; if a value is only too large for the dtype, use --dtype bfloat16",
         ) from error
 
 
@@ -127,8 +137,8 @@ def write_small_files(source: OpenSource, plan: Plan, work: Workspace, index: by
     """Everything but the weights: tokenizer and template byte for byte, config, index, manifest."""
     sidecars = source.sidecars()
     small = written_sidecars(source.config, sidecars)
-    small["model.safetensors.index.json"] = index
+    small[INDEX] = index
     small["config.json"] = config_json(source.config, sidecars, plan, source.origin)
-    small[NAME] = manifest(plan, source.origin, work.digests(), small)
+    small[NAME] = manifest(plan, source.origin, work.checksums, small)
     for name, data in small.items():
         work.write_file(name, data)

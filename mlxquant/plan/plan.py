@@ -13,7 +13,7 @@ from mlxquant.codecs.spec import KEEP, Codec
 from mlxquant.errors import PlanError, UnsupportedError
 from mlxquant.families.layout import Layout, Target
 from mlxquant.families.mlx_layout import layout as mlx_layout
-from mlxquant.families.mlx_layout import mlx_lm_codec
+from mlxquant.families.mlx_quant import quantizable, uniform_codec
 from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role, assign_roles
 from mlxquant.families.shape import ModelShape
 from mlxquant.plan import recipe as recipes
@@ -183,14 +183,12 @@ def choose_codecs(
     position = recipes.layer_position(targets) if settings.recipe in MIXED else 0
     chosen: dict[str, Codec] = {}
     for target in targets:
-        stock = mlx_lm_codec(shape.model_type, target)
-        if stock == KEEP:
+        if not quantizable(shape.model_type, target.name, target.shape):
             chosen[target.name] = KEEP
-            continue
-        if (asked := recipes.matching_set(target.name, settings.sets)) is not None:
+        elif (asked := recipes.matching_set(target.name, settings.sets)) is not None:
             chosen[target.name] = require_fit(target, asked)
         elif settings.recipe == "uniform":
-            chosen[target.name] = recipes.uniform(target, base, stock)
+            chosen[target.name] = uniform_codec(shape.model_type, target.name, target.shape, base)
         elif settings.recipe in MIXED:
             high = MIXED[settings.recipe][1]
             chosen[target.name] = recipes.mixed(target, base, high, position, shape.layers)
@@ -224,7 +222,7 @@ def check_bits(tensors: tuple[PlannedTensor, ...], settings: Settings, shape: Mo
     base, remarks, missed = settings.base, [], []
     for t in tensors:
         width = t.target.shape[-1] if t.target.shape else 1
-        if base.divides(width) or mlx_lm_codec(shape.model_type, t.target) == KEEP:
+        if base.divides(width) or not quantizable(shape.model_type, t.name, t.target.shape):
             continue
         if recipes.matching_set(t.name, settings.sets) is not None:
             continue
@@ -255,8 +253,8 @@ def _missed_hint(missed: list[PlannedTensor], base: Codec) -> str:
 def shape_remarks(shape: ModelShape, laid_out: Layout) -> list[str]:
     """What a user must hear about parts that are not converted."""
     remarks = []
-    if shape.modalities:
-        parts = " and ".join(sorted(shape.modalities))
+    if others := sorted(set(shape.modalities) - {"text"}):
+        parts = " and ".join(others)
         remarks.append(f"this model has {parts} parts: only its text part is converted")
     reasons: Counter[str] = Counter(reason for _, reason in laid_out.dropped)
     return remarks + [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]

@@ -109,13 +109,6 @@ def balanced(target: Target, role: Role, base: Codec) -> Codec:
     return fit_group(base, target.shape[-1])
 
 
-def uniform(target: Target, base: Codec, preset: Codec | None) -> Codec:
-    """mlx-lm's rule: the *global* group size decides whether a tensor is quantized; then the model's own preset."""
-    if not base.divides(target.shape[-1]):
-        return KEEP
-    return preset or base
-
-
 def mixed(target: Target, base: Codec, high_bits: int, layer_position: int, layers: int) -> Codec:
     """mlx_lm/convert.py, mixed_quant_predicate: more bits for value and down projections of some layers, and the head."""
     if not base.divides(target.shape[-1]):

@@ -1,0 +1,174 @@
+"""`mlxquant bench MODEL`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxquant.errors import UsageError
+from mlxquant.units import format_bytes
+
+if TYPE_CHECKING:
+    from mlxquant.measure.speed import Row
+    from mlxquant.run.model import LoadedModel
+
+
+def numbers(text: str, option: str, least: int) -> list[int]:
+    """'128,512' -> [128, 512]. Raises UsageError naming the option."""
+    from mlxquant.units import parse_tokens
+
+    values = [parse_tokens(word) for word in text.split(",")]
+    if min(values) < least:
+        raise UsageError(f"{option} {text}: {min(values)} is too small", hint=f"use {least} or more")
+    return values
+
+
+@click.command()
+@click.argument("model")
+@click.option("-p", "--prompt", default="512", show_default=True, help="Prompt tokens; several with commas.")
+@click.option("-n", "--generate", "generated", default="128", show_default=True, help="Generated tokens; likewise.")
+@click.option("-d", "--depth", default="0", show_default=True, help="Tokens in the cache beforehand; likewise.")
+@click.option("-r", "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of each case.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Run stock mlx-lm on the same folder in turn.")
+@click.option("--prefill-step", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per prefill chunk.")
+@click.option("--max-kv-size", type=int, help="Rotating cache of that many positions.")
+@click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the KV cache where a layer can.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
+@click.option(
+    "--expand",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="On a CPU: weights as float32.",
+)
+@click.option("--wired", is_flag=True, help="Wire the GPU's memory; off because it can panic a Mac under load.")
+@click.option("--revision", help="Branch, tag or commit, when MODEL is a Hub id.")
+@click.option("--force", is_flag=True, help="Run even if the memory budget says it does not fit.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
+def command(
+    model: str,
+    prompt: str,
+    generated: str,
+    depth: str,
+    repeats: int,
+    against: str | None,
+    prefill_step: int,
+    max_kv_size: int | None,
+    kv_bits: str | None,
+    device: str,
+    expand: str,
+    wired: bool,
+    revision: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Time MODEL: prefill and decode for each prompt size, generated length and cache depth.
+
+    The first token's time belongs to prefill. Peak memory is MLX's own, reset for each trial. A table for people, one
+    JSON line last.
+    """
+    from mlxquant.cli.resolve import resolve
+    from mlxquant.measure.speed import bench, cases
+    from mlxquant.measure.traffic import bandwidth_bytes_per_s, bytes_per_token
+    from mlxquant.run.budget import check_fits
+    from mlxquant.run.cache import plan_cache
+    from mlxquant.run.device import prepare
+    from mlxquant.run.model import load_model
+
+    path = resolve(model, revision)
+    wanted = cases(
+        numbers(prompt, "--prompt", 1), numbers(generated, "--generate", 2), numbers(depth, "--depth", 0)
+    )
+    stock = stock_rows(path, wanted, repeats) if against else []
+    where = prepare(device, wired=wired)
+    loaded = load_model(path, expand=expand, lazy=True)
+    plan = plan_cache(loaded.model, max_kv_size=max_kv_size, kv_bits=int(kv_bits) if kv_bits else None)
+    longest = max(c.depth_tokens + c.prompt_tokens + c.generated_tokens for c in wanted)
+    if not force:
+        check_fits(loaded, plan, longest, where, prefill_step=prefill_step)
+    loaded.materialize()
+    bandwidth, bandwidth_source = bandwidth_bytes_per_s(where.machine)
+    per_token = bytes_per_token(loaded.model, loaded.config)
+    vocabulary = loaded.config.get("vocab_size") or loaded.config["text_config"]["vocab_size"]
+    rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, prefill_step))
+    share = [
+        row.mean("decode_tok_s") * (per_token + plan.bytes_per_token * (row.case.depth_tokens + row.case.prompt_tokens))
+        / bandwidth
+        for row in rows
+    ]  # fmt: skip
+    if not as_json:
+        draw(path, loaded, rows, share, stock, f"{format_bytes(bandwidth)}/s {bandwidth_source}")
+    click.echo(json.dumps(result(path, loaded, where, rows, share, stock, bandwidth)))
+
+
+def stock_rows(path: Path, wanted: Any, repeats: int) -> list[Row]:
+    """Stock mlx-lm goes first, in a process that has ended before ours loads: two copies might not fit."""
+    from mlxquant.measure.stock import stock_rows as run
+
+    if path.suffix == ".gguf":
+        raise UsageError(f"{path}: stock mlx-lm reads no GGUF file", hint="convert it first, then bench the folder")
+    return run(path, wanted, repeats)
+
+
+def draw(
+    path: Path, loaded: LoadedModel, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{path.name}: {loaded.quantization}, {format_bytes(loaded.weight_bytes)} in memory", highlight=False)
+    for note in loaded.notes:
+        console.print(f"  note: {note}", highlight=False)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for heading in ("", "depth", "prompt", "generated", "first token", "prefill tok/s", "decode tok/s", "peak", "of limit"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for i, row in enumerate(rows):
+        table.add_row(*cells("mlxquant", row), f"{share[i]:.0%}")
+        if stock:
+            table.add_row(*cells("mlx-lm", stock[i]), "")
+            ratios = [row.mean(f) / stock[i].mean(f) for f in ("prefill_tok_s", "decode_tok_s")]
+            table.add_row("ratio", "", "", "", "", *(f"{r:.2f}x" for r in ratios), "", "", style="bold")
+    console.print(table)
+    console.print(f"limit: the weights and cache one token reads, at {bandwidth}", highlight=False)
+
+
+def cells(name: str, row: Row) -> list[str]:
+    def spread(field: str) -> str:
+        return f"{row.mean(field):,.1f} ± {row.deviation(field):.1f}"
+
+    case = row.case
+    counts = [f"{n:,}" for n in (case.depth_tokens, case.prompt_tokens, case.generated_tokens)]
+    first = f"{row.mean('ttft_s'):.3f} s"
+    return [name, *counts, first, spread("prefill_tok_s"), spread("decode_tok_s"), format_bytes(row.peak_bytes)]
+
+
+def result(
+    path: Path, loaded: LoadedModel, where: Any, rows: list[Row], share: list[float], stock: list[Row], bandwidth: float
+) -> dict[str, Any]:
+    """The JSON line."""
+    from importlib.metadata import version
+
+    value: dict[str, Any] = {
+        "model": path.name,
+        "quantization": loaded.quantization,
+        "weight_bytes": loaded.weight_bytes,
+        "expanded": loaded.expanded,
+        "device": where.kind,
+        "blas": where.blas.name,
+        "chip": where.machine.chip,
+        "bandwidth_bytes_per_s": bandwidth,
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "rows": [row.to_json() | {"share_of_limit": s} for row, s in zip(rows, share, strict=True)],
+    }
+    if stock:
+        value["mlx_lm_rows"] = [row.to_json() for row in stock]
+        value["ratios"] = [
+            {f: a.mean(f) / b.mean(f) for f in ("prefill_tok_s", "decode_tok_s")}
+            for a, b in zip(rows, stock, strict=True)
+        ]
+    return value
