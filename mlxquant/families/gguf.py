@@ -1,0 +1,265 @@
+"""A GGUF file seen as a Hugging Face model: its config.json, and where each Hugging Face tensor lies in the
+file.
+
+Only names, shapes and key-value pairs are looked at. Key names: the GGUF specification (ggml/docs/gguf.md);
+tensor names and the rotary order of q and k: llama.cpp's converter (conversion/llama.py,
+gguf-py/gguf/constants.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.families.gguf_metadata import Metadata
+from mlxquant.families.gguf_rope import rope_scaling
+from mlxquant.families.layout import Change
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one Hugging Face tensor lies in a GGUF file. `heads` belongs to the change 'unpermute'."""
+
+    tensor: str
+    shape: Shape
+    change: Change = "none"
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """`permuted`: q and k rows are in llama.cpp's rotary order. The others: tensors that only some families
+    have."""
+
+    model_type: str
+    class_name: str
+    permuted: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    optional_bias: bool = False
+
+
+FAMILIES = {
+    # Llama 1 to 3.x, Mistral, SmolLM2, TinyLlama and everything else that llama.cpp converts to "llama".
+    "llama": Family("llama", "LlamaForCausalLM", permuted=True, optional_bias=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+}
+
+# GGUF name -> Hugging Face name and shape; the letters are the dimensions of `_dimensions`.
+_MODEL = {
+    "token_embd.weight": ("model.embed_tokens.weight", "VD"),
+    "output_norm.weight": ("model.norm.weight", "D"),
+    "output.weight": ("lm_head.weight", "VD"),
+}
+_BLOCK = {
+    "attn_norm.weight": ("input_layernorm.weight", "D"),
+    "attn_q.weight": ("self_attn.q_proj.weight", "QD"),
+    "attn_k.weight": ("self_attn.k_proj.weight", "KD"),
+    "attn_v.weight": ("self_attn.v_proj.weight", "KD"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "DQ"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", "D"),
+    "ffn_gate.weight": ("mlp.gate_proj.weight", "FD"),
+    "ffn_up.weight": ("mlp.up_proj.weight", "FD"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "DF"),
+}
+_QKV_BIAS = {
+    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
+    "attn_k.bias": ("self_attn.k_proj.bias", "K"),
+    "attn_v.bias": ("self_attn.v_proj.bias", "K"),
+}
+_OUTPUT_BIAS = {"attn_output.bias": ("self_attn.o_proj.bias", "D")}
+_FFN_BIAS = {
+    "ffn_gate.bias": ("mlp.gate_proj.bias", "F"),
+    "ffn_up.bias": ("mlp.up_proj.bias", "F"),
+    "ffn_down.bias": ("mlp.down_proj.bias", "D"),
+}
+_QK_NORM = {
+    "attn_q_norm.weight": ("self_attn.q_norm.weight", "H"),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight", "H"),
+}
+ROPE_FREQS = "rope_freqs.weight"
+
+
+def hf_config(
+    metadata: Mapping[str, Any], shapes: Mapping[str, Shape], rope_freqs: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """config.json of the model in a GGUF file.
+
+    `shapes`: tensor name -> shape, outermost axis first. `rope_freqs`: the values of the tensor
+    rope_freqs.weight where the file has one (Llama 3.1 and later). There is no dtype in it: that is a choice
+    of whoever decodes the blocks.
+
+    Raises UnsupportedError for an architecture, expert layers or a rope scaling that we do not know,
+    SourceError for a missing or ill-typed key."""
+    meta = Metadata(metadata)
+    family, arch = _family(meta)
+    if meta.integer(f"{arch}.expert_count", 0):
+        raise UnsupportedError(
+            f"GGUF architecture {arch!r} with {arch}.expert_count > 0 (mixture of experts) is not supported",
+            hint="give the model's Hugging Face folder instead",
+        )
+    heads = meta.each_layer(f"{arch}.attention.head_count")
+    hidden = meta.integer(f"{arch}.embedding_length", least=1)
+    config: dict[str, Any] = {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": meta.each_layer(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": meta.integer(f"{arch}.block_count", least=1),
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.each_layer(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": _head_dim(meta, arch, hidden, heads),
+        "max_position_embeddings": meta.integer(f"{arch}.context_length", least=1),
+        "rms_norm_eps": meta.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.number(f"{arch}.rope.freq_base", 10000.0),
+        "vocab_size": _shape(shapes, "token_embd.weight")[0],
+        "tie_word_embeddings": "output.weight" not in shapes,
+    }
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        raise SourceError(
+            f"GGUF: {heads} attention heads are no multiple of {config['num_key_value_heads']} key heads"
+        )
+    if family.optional_bias:
+        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
+    if scaling := rope_scaling(meta, arch, config, _frequencies(shapes, rope_freqs)):
+        config["rope_scaling"] = scaling
+    return config | token_ids(meta)
+
+
+def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Origin]:
+    """Hugging Face tensor name -> its origin, in reading order. Shapes are as in `hf_config` on both sides.
+
+    Every tensor of the file is accounted for: raises UnsupportedError for one that has no place, SourceError
+    for one that is missing or whose shape is not what the key-value pairs say."""
+    meta = Metadata(metadata)
+    family, arch = _family(meta)
+    heads = meta.each_layer(f"{arch}.attention.head_count")
+    kv_heads = meta.each_layer(f"{arch}.attention.head_count_kv", heads)
+    dims = _dimensions(meta, arch, heads, kv_heads, shapes)
+    found: dict[str, Origin] = {}
+    for name, (hf_name, letters) in _names(meta, family, arch, shapes):
+        expected, shape = tuple(dims[letter] for letter in letters), _shape(shapes, name)
+        if shape != expected:
+            raise SourceError(
+                f"GGUF tensor {name}: shape {shape}, expected {expected} by the file's own keys"
+            )
+        rotary = re.search(r"\.attn_([qk])\.(?:weight|bias)$", name) if family.permuted else None
+        if rotary:
+            found[hf_name] = Origin(name, shape, "unpermute", heads if rotary[1] == "q" else kv_heads)
+        else:
+            found[hf_name] = Origin(name, shape)
+    if unknown := sorted(shapes.keys() - {o.tensor for o in found.values()} - {ROPE_FREQS}):
+        raise UnsupportedError(
+            f"GGUF tensor {unknown[0]!r} ({len(unknown)} in all) has no place in a {family.class_name}",
+            hint="give the model's Hugging Face folder instead",
+        )
+    return found
+
+
+def token_ids(meta: Metadata) -> dict[str, Any]:
+    """bos_token_id, eos_token_id (a list where end of turn or of message are given too) and pad_token_id."""
+    vocab = len(meta.strings("tokenizer.ggml.tokens")) if "tokenizer.ggml.tokens" in meta else None
+    spm = meta.text("tokenizer.ggml.model", "") == "llama"
+    # Where the file is silent, llama.cpp takes SentencePiece's own numbering (src/llama-vocab.cpp).
+    bos = _token_id(meta, "bos", vocab, 1 if spm else None)
+    eos = [_token_id(meta, "eos", vocab, 2 if spm else None)]
+    eos += [_token_id(meta, kind, vocab) for kind in ("eot", "eom")]
+    ends = list(dict.fromkeys(i for i in eos if i is not None))
+    ids = {
+        "bos_token_id": bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": _token_id(meta, "padding", vocab),
+    }
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _token_id(meta: Metadata, kind: str, vocab: int | None, default: int | None = None) -> int | None:
+    key = f"tokenizer.ggml.{kind}_token_id"
+    if key not in meta:
+        return default
+    found = meta.integer(key)
+    if vocab is not None and found >= vocab:
+        raise SourceError(
+            f"GGUF key {key}: found {found}, expected less than the {vocab} tokens of the vocabulary"
+        )
+    return found
+
+
+def _family(meta: Metadata) -> tuple[Family, str]:
+    arch = meta.text("general.architecture")
+    if arch not in FAMILIES:
+        raise UnsupportedError(
+            f"GGUF architecture {arch!r} is not supported (supported: {', '.join(FAMILIES)})",
+            hint="give the model's Hugging Face folder instead",
+        )
+    return FAMILIES[arch], arch
+
+
+def _head_dim(meta: Metadata, arch: str, hidden: int, heads: int) -> int:
+    head_dim = meta.integer(f"{arch}.attention.key_length", hidden // heads, least=1)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := meta.integer(f"{arch}.{key}", head_dim)) != head_dim:
+            raise UnsupportedError(
+                f"GGUF key {arch}.{key}: found {other}, supported is only the head's key length {head_dim}",
+                hint="give the model's Hugging Face folder instead",
+            )
+    if head_dim % 2:
+        raise SourceError(f"GGUF: attention heads are {head_dim} wide, expected an even number")
+    return head_dim
+
+
+def _dimensions(
+    meta: Metadata, arch: str, heads: int, kv_heads: int, shapes: Mapping[str, Shape]
+) -> dict[str, int]:
+    hidden = meta.integer(f"{arch}.embedding_length", least=1)
+    head_dim = _head_dim(meta, arch, hidden, heads)
+    return {
+        "V": _shape(shapes, "token_embd.weight")[0],
+        "D": hidden,
+        "F": meta.each_layer(f"{arch}.feed_forward_length"),
+        "H": head_dim,
+        "Q": heads * head_dim,
+        "K": kv_heads * head_dim,
+    }
+
+
+def _names(
+    meta: Metadata, family: Family, arch: str, shapes: Mapping[str, Shape]
+) -> list[tuple[str, tuple[str, str]]]:
+    """(GGUF name, (Hugging Face name, dimension letters)) for every tensor this model must have."""
+    block = dict(_BLOCK)
+    if family.qk_norm:
+        block |= _QK_NORM
+    if family.qkv_bias:
+        block |= _QKV_BIAS
+    if family.optional_bias and "blk.0.attn_q.bias" in shapes:
+        block |= _QKV_BIAS | _OUTPUT_BIAS
+    if family.optional_bias and "blk.0.ffn_up.bias" in shapes:
+        block |= _FFN_BIAS
+    names = [(k, v) for k, v in _MODEL.items() if k != "output.weight" or k in shapes]
+    for i in range(min(meta.integer(f"{arch}.block_count", least=1), len(shapes))):
+        names += [(f"blk.{i}.{k}", (f"model.layers.{i}.{hf}", dims)) for k, (hf, dims) in block.items()]
+    return names
+
+
+def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
+    if name not in shapes or not shapes[name]:
+        raise SourceError(
+            f"GGUF tensor {name} is missing", hint="the file is incomplete, or one part of a split model"
+        )
+    return tuple(shapes[name])
+
+
+def _frequencies(shapes: Mapping[str, Shape], rope_freqs: Sequence[float] | None) -> list[float] | None:
+    if ROPE_FREQS not in shapes:
+        return None
+    if rope_freqs is None:
+        raise SourceError(f"GGUF tensor {ROPE_FREQS} is in the file, but its values were not given")
+    return [float(f) for f in rope_freqs]
