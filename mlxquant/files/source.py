@@ -22,7 +22,7 @@ class Source(Protocol):
     specs: Mapping[str, TensorSpec]
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows start..stop of the row view, (stop - start, width), in DTYPES[dtype].numpy (bfloat16 as uint16 bits).
+        """Rows start..stop of the row view, (stop - start, width), in DTYPES[dtype].numpy (bfloat16: uint16).
 
         Raises SourceError naming the file and the tensor when the bytes are not there.
         """
