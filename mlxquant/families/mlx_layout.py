@@ -16,8 +16,11 @@ from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS
 from mlxquant.families.layout import Change, Layout, Piece, Target
 from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags
+from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.shape import ModelShape, text_config
 from mlxquant.tensors import TensorSpec
+
+__all__ = ["layout", "mlx_lm_codec"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES: dict[How, Change] = {"add_one": "add_one", "mla_q": "mla_embed_q", "mla_v": "mla_unembed"}

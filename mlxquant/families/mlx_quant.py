@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mlxquant.codecs.spec import KEEP, Codec, affine
 from mlxquant.families.known import REMAPPING
+from mlxquant.families.layout import Target
 
 # Weights that no module with `to_quantized` holds: MoEGate and LayerNorm2D keep raw arrays. Ends of MLX names.
 _RAW = {
@@ -44,12 +45,11 @@ def preset(model_type: str, name: str) -> Codec | None:
     return None
 
 
-def uniform_codec(model_type: str, name: str, shape: tuple[int, ...], codec: Codec) -> Codec:
-    """What `mlx_lm.convert` stores the MLX tensor `name` as when asked for `codec`.
+def mlx_lm_codec(model_type: str, target: Target) -> Codec | None:
+    """What stock mlx-lm does with this target: KEEP where it has no quantized module for it, a codec where the family
+    sets one of its own, None where it takes the format it was asked for.
 
-    A width that the asked-for group size does not divide is left float there, without a word (quantize_model); the
-    caller is to say so.
+    With `quantize_model`, the width rule comes first: what the asked-for group size does not divide stays float, even
+    where the family sets a codec of its own. And `convert` with a mixed recipe does not ask the family at all.
     """
-    if not codec.quantized or not quantizable(model_type, name, shape) or not codec.divides(shape[-1]):
-        return KEEP
-    return preset(model_type, name) or codec
+    return preset(model_type, target.name) if quantizable(model_type, target.name, target.shape) else KEEP
