@@ -19,7 +19,6 @@ from mlxquant.convert.gather import chunks, rows
 from mlxquant.convert.manifest import NAME, sha256
 from mlxquant.convert.sources import OpenSource
 from mlxquant.errors import MlxquantError, SourceError
-from mlxquant.families.eos import stock_eos
 from mlxquant.families.roles import Role
 from mlxquant.files.hf_folder import HFFolder
 from mlxquant.plan.plan import Plan, PlannedTensor, make_plan
@@ -187,8 +186,7 @@ def check_eos(written: Written) -> Check:
     """Stock mlx-lm, reading this folder, must stop at every id that ends an answer."""
     files = sidecars.folder_sidecars(written.folder.path)
     config = written.folder.config
-    generation = sidecars.parse(files, "generation_config.json")
-    wanted, stock = set(sidecars.end_ids(config, files)), set(stock_eos(config, generation))
+    wanted, stock = set(sidecars.end_ids(config, files)), sidecars.stops_of_stock(config, files)
     if missing := sorted(wanted - stock):
         return Check("eos", False, f"stock mlx-lm would not stop at {missing} (stops at {sorted(stock)})")
     if not wanted:

@@ -95,10 +95,15 @@ def written_sidecars(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> d
     """
     written = dict(sidecars)
     union = end_ids(config, sidecars)
-    generation = parse(sidecars, "generation_config.json")
-    if generation.get("eos_token_id") not in (None, []) and not set(union) <= set(stock_eos(config | _eos(union), generation)):
-        written["generation_config.json"] = _json(generation | _eos(union))
+    if not set(union) <= stops_of_stock(config | _eos(union), sidecars):
+        written["generation_config.json"] = _json(parse(sidecars, "generation_config.json") | _eos(union))
     return written
+
+
+def stops_of_stock(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> set[int]:
+    """Where stock mlx-lm stops, reading these files."""
+    names = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
+    return set(stock_eos(config, *(parse(sidecars, name) for name in names)))
 
 
 def _eos(ids: tuple[int, ...]) -> dict[str, Any]:

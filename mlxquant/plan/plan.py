@@ -13,7 +13,7 @@ from mlxquant.codecs.spec import KEEP, Codec
 from mlxquant.errors import PlanError, UnsupportedError
 from mlxquant.families.layout import Layout, Target
 from mlxquant.families.mlx_layout import layout as mlx_layout
-from mlxquant.families.mlx_quant import quantizable, uniform_codec
+from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role, assign_roles
 from mlxquant.families.shape import ModelShape
 from mlxquant.plan import recipe as recipes
@@ -183,12 +183,13 @@ def choose_codecs(
     position = recipes.layer_position(targets) if settings.recipe in MIXED else 0
     chosen: dict[str, Codec] = {}
     for target in targets:
-        if not quantizable(shape.model_type, target.name, target.shape):
+        stock = mlx_lm_codec(shape.model_type, target)
+        if stock == KEEP:
             chosen[target.name] = KEEP
         elif (asked := recipes.matching_set(target.name, settings.sets)) is not None:
             chosen[target.name] = require_fit(target, asked)
         elif settings.recipe == "uniform":
-            chosen[target.name] = uniform_codec(shape.model_type, target.name, target.shape, base)
+            chosen[target.name] = (stock or base) if base.divides(target.shape[-1]) else KEEP
         elif settings.recipe in MIXED:
             high = MIXED[settings.recipe][1]
             chosen[target.name] = recipes.mixed(target, base, high, position, shape.layers)
@@ -222,7 +223,7 @@ def check_bits(tensors: tuple[PlannedTensor, ...], settings: Settings, shape: Mo
     base, remarks, missed = settings.base, [], []
     for t in tensors:
         width = t.target.shape[-1] if t.target.shape else 1
-        if base.divides(width) or not quantizable(shape.model_type, t.name, t.target.shape):
+        if base.divides(width) or mlx_lm_codec(shape.model_type, t.target) == KEEP:
             continue
         if recipes.matching_set(t.name, settings.sets) is not None:
             continue
