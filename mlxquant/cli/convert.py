@@ -123,7 +123,7 @@ def run(opened, plan: Plan, out: Path, resume: bool, restart: bool, force: bool,
     began = time.perf_counter()
     try:
         with ByteBar(f"Quantizing to {plan.base.label}", quiet=as_json) as bar:
-            to_mlx(opened, plan, out, resume=resume, restart=restart, force=force, progress=bar)
+            to_mlx(opened, plan, out, resume=resume or None, restart=restart, force=force, progress=bar)
     except KeyboardInterrupt:
         click.echo(f"Stopped. What is done stays in {out}.partial; the same command goes on from there.", err=True)
         raise

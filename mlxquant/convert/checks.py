@@ -224,7 +224,7 @@ def compare(
             continue
         w_OI = widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
         error_OI = np.abs(w_OI - decode(stored, tensor.dtype, tensor.codec))
-        bound_OG = error_bound(stored, tensor.dtype, tensor.codec)
+        bound_OG = error_bound(w_OI, tensor.dtype, tensor.codec)
         over = error_OI.reshape(*bound_OG.shape, -1).max(-1) > bound_OG
         if over.any():
             row = start + int(np.argwhere(over)[0][0])

@@ -37,7 +37,7 @@ class FolderSource:
         self.path = path
         self.config: dict[str, Any] = self._folder.config
         self.specs: Mapping[str, TensorSpec] = self._folder.specs
-        self.weight_files = tuple(self._folder.files)
+        self.weight_files = tuple(file.path for file in self._folder.files)
         self.origin = {"format": "safetensors", **(origin or {"name": path.resolve().name})} | header_hash(self.specs)
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:

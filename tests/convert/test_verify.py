@@ -1,0 +1,181 @@
+"""`verify` passes what `convert` wrote, and fails for each thing that can be wrong with it, by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mlxquant.convert.checks import check_folder
+from mlxquant.convert.manifest import sha256
+from mlxquant.convert.sources import open_source
+from mlxquant.convert.to_mlx import to_mlx
+from mlxquant.errors import SourceError
+from mlxquant.files.hf_folder import HFFolder
+from mlxquant.plan.plan import make_plan
+from mlxquant.plan.recipe import settings
+from tests.tiny import make
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("source"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    opened = open_source(source)
+    plan = make_plan(opened.config, opened.specs, settings(bits=4, group_size=32))
+    return to_mlx(opened, plan, tmp_path_factory.mktemp("out") / "model")
+
+
+@pytest.fixture
+def out(converted, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(converted, tmp_path / "copy"))
+
+
+def failures(out: Path, source: Path | None) -> dict[str, str]:
+    opened = open_source(source) if source else None
+    return {c.name: c.detail for c in check_folder(out, opened) if not c.ok}
+
+
+def rewrite(out: Path, change) -> None:
+    """Changes tensors (name -> array) and makes every checksum agree: what a careful forger or a bad tool leaves."""
+    folder = HFFolder(out)
+    arrays = {}
+    for name, spec in folder.specs.items():
+        raw = folder.read_rows(name, 0, spec.rows).reshape(spec.shape).copy()
+        arrays[name] = raw.view(ml_dtypes.bfloat16) if spec.dtype == "BF16" else raw
+    change(arrays)
+    save_file(arrays, out / "model.safetensors", metadata={"format": "mlx"})
+    manifest = json.loads((out / "mlxquant.json").read_text())
+    manifest["tensors"] = {n: sha256(np.ascontiguousarray(a).tobytes()) for n, a in arrays.items()}
+    (out / "mlxquant.json").write_text(json.dumps(manifest))
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def reseal(out: Path, *names: str) -> None:
+    """Makes the manifest agree with changed small files."""
+    edit_json(out / "mlxquant.json", lambda m: m["files"].update({n: sha256((out / n).read_bytes()) for n in names}))
+
+
+def test_what_convert_wrote_passes(converted, source):
+    assert failures(converted, source) == {}
+    assert failures(converted, None) == {}
+    names = [c.name for c in check_folder(converted, open_source(source))]
+    assert names == ["specs", "config", "checksums", "files", "head", "eos", "plan", "weights", "norms"]
+
+
+def test_a_flipped_bit(out):
+    path = out / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    assert "have changed" in failures(out, None)["checksums"]
+
+
+def test_a_missing_tensor(out):
+    rewrite(out, lambda a: a.pop("model.layers.1.mlp.up_proj.scales"))
+    edit_json(out / "model.safetensors.index.json", lambda i: i["weight_map"].pop("model.layers.1.mlp.up_proj.scales"))
+    assert "up_proj.scales: found nothing" in failures(out, None)["specs"]
+
+
+def test_another_dtype(out):
+    name = "model.norm.weight"
+    rewrite(out, lambda a: a.update({name: a[name].astype(np.float32)}))
+    assert name in failures(out, None)["specs"]
+
+
+def test_a_wrong_weight_with_right_checksums(out, source):
+    def change(arrays):
+        arrays["model.layers.0.mlp.down_proj.weight"][3, 0] ^= 0x0000000F
+
+    rewrite(out, change)
+    assert "model.layers.0.mlp.down_proj.weight: row 3" in failures(out, source)["weights"]
+
+
+def test_swapped_projections(out, source):
+    def change(arrays):
+        for part in ("weight", "scales", "biases"):
+            k, v = (f"model.layers.0.self_attn.{n}_proj.{part}" for n in "kv")
+            arrays[k], arrays[v] = arrays[v], arrays[k]
+
+    rewrite(out, change)
+    assert "k_proj" in failures(out, source)["weights"]
+
+
+def test_a_norm_shifted_twice(out, source):
+    name = "model.layers.1.input_layernorm.weight"
+    rewrite(out, lambda a: a.update({name: (a[name].astype(np.float32) + 1).astype(ml_dtypes.bfloat16)}))
+    found = failures(out, source)
+    assert name in found["norms"]
+    assert name in found["weights"]
+
+
+def test_a_tied_head_that_has_a_head(out):
+    edit_json(out / "config.json", lambda c: c.update(tie_word_embeddings=True))
+    reseal(out, "config.json")
+    assert "ties the head" in failures(out, None)["head"]
+
+
+def test_an_untied_head_that_is_gone(out):
+    parts = [f"lm_head.{p}" for p in ("weight", "scales", "biases")]
+    rewrite(out, lambda a: [a.pop(p) for p in parts])
+    edit_json(out / "model.safetensors.index.json", lambda i: [i["weight_map"].pop(p) for p in parts])
+    assert "no lm_head is stored" in failures(out, None)["head"]
+
+
+def test_a_lost_end_of_turn(out):
+    for name in ("config.json", "generation_config.json"):
+        edit_json(out / name, lambda c: c.update(eos_token_id=0))
+    reseal(out, "config.json", "generation_config.json")
+    assert "would not stop at [2]" in failures(out, None)["eos"]
+
+
+def test_a_changed_tokenizer(out, source):
+    path = out / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    assert "tokenizer.json: changed" in failures(out, None)["files"]
+    reseal(out, "tokenizer.json")
+    assert "tokenizer.json: not the source's" in failures(out, source)["files"]
+
+
+def test_a_lost_template(out, source):
+    (out / "tokenizer_config.json").unlink()
+    assert "tokenizer_config.json: missing" in failures(out, source)["files"]
+
+
+def test_a_wrong_declaration(out):
+    edit_json(out / "config.json", lambda c: c["quantization"].pop("lm_head"))
+    reseal(out, "config.json")
+    assert "lm_head: config.json says" in failures(out, None)["config"]
+
+
+def test_another_source(converted, tmp_path):
+    other = make(tmp_path / "other", "qwen2", seed=1)
+    assert "weights" in failures(converted, other)
+    wider = make(tmp_path / "wider", "qwen2", layers=3)
+    assert "not this source" in failures(converted, wider)["plan"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": {"tensors": [{"name": 1}]}}', '{"plan": 3, "tensors": {}}'])
+def test_a_manifest_that_is_none(out, text):
+    (out / "mlxquant.json").write_text(text)
+    with pytest.raises(SourceError, match="not a manifest"):
+        list(check_folder(out, None))
+
+
+def test_a_folder_of_others(source):
+    with pytest.raises(SourceError, match="not written by mlxquant"):
+        list(check_folder(source, None))
