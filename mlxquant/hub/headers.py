@@ -16,9 +16,8 @@ from typing import Any
 
 from mlxquant.errors import HubError, SourceError, UnsupportedError, UsageError
 from mlxquant.hub.failures import told_as_hub_errors
-from mlxquant.hub.listing import Listing, RemoteFile, list_files, read_json
-from mlxquant.hub.names import no_weights, parse_id
-from mlxquant.hub.pull import weight_files
+from mlxquant.hub.listing import Listing, RemoteFile, list_files, read_json, weight_files
+from mlxquant.hub.names import parse_id
 from mlxquant.tensors import DTYPES, TensorSpec
 
 HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
@@ -48,8 +47,6 @@ def remote_specs(repo_id: str, revision: str | None = None) -> Remote:
         raise UsageError(f"{repo_id!r} is no Hub id of a model", hint="write it like org/name")
     listing = list_files(repo_id, revision)
     files = [listing.files[n] for n in weight_files(listing)]
-    if "config.json" not in listing.files:
-        raise no_weights(repo_id, [])
     config = read_json(listing, "config.json")
     if not isinstance(config, dict):
         raise SourceError(f"{repo_id}/config.json holds no JSON object")
@@ -111,7 +108,7 @@ def _spec(name: str, row: Any, where: str) -> TensorSpec:
     if not isinstance(shape, list) or len(shape) > 16 or any(not _is_count(n) for n in shape):
         raise SourceError(f"{where}: {name} has no shape that a tensor can have ({str(shape)[:60]})")
     code = row.get("dtype")
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise UnsupportedError(f"{where}: {name} has the dtype {code!r}, which mlxquant does not know")
     span = row.get("data_offsets")
     nbytes = math.prod(shape) * DTYPES[code].itemsize

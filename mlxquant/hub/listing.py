@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxquant.errors import HubError
 from mlxquant.hub.failures import Unreachable, endpoint, told_as_hub_errors
-from mlxquant.hub.names import check_names
+from mlxquant.hub.names import INDEX, SINGLE, check_names, no_weights, shards
 
 JSON_LIMIT_BYTES = 64 * 2**20  # the index of a 1000-shard model has a few MB
 
@@ -70,6 +70,17 @@ def read_json(listing: Listing, name: str) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise HubError(f"{where} is not JSON: {str(error)[:80]}", hint="try another repo") from error
+
+
+def weight_files(listing: Listing) -> list[str]:
+    """The safetensors files to read. Raises HubError for a repo that is no model, or has an index of lies."""
+    index = read_json(listing, INDEX) if INDEX in listing.files and SINGLE not in listing.files else None
+    names = shards(listing.repo_id, listing.files, index)
+    if not names:
+        raise no_weights(listing.repo_id, listing.files)
+    if "config.json" not in listing.files:
+        raise HubError(f"{listing.repo_id} has no config.json", hint="give the repo of the base model")
+    return names
 
 
 @contextmanager

@@ -5,16 +5,17 @@ Pure: everything here follows from names. A name that a repo lists is hostile un
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mlxquant.errors import HubError
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Beside the weights, at the root of the repo only. No *.py and no pickle: nothing that is pulled can run.
+# Beside the weights. No *.py and no pickle: nothing that is pulled can run.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -29,6 +30,11 @@ COMPANIONS = (
     "*.tiktoken",
     "*.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
@@ -66,21 +72,24 @@ def check_names(repo_id: str, names: Iterable[str]) -> None:
 
 
 def companions(names: Iterable[str]) -> list[str]:
-    return sorted(n for n in names if "/" not in n and any(fnmatch.fnmatchcase(n, p) for p in COMPANIONS))
+    """Those of COMPANIONS that the repo holds. A `*` does not reach into folders."""
+    return sorted(
+        n for n in names if any(n.count("/") == p.count("/") and fnmatchcase(n, p) for p in COMPANIONS)
+    )
 
 
 def shards(repo_id: str, names: Iterable[str], index: Any) -> list[str]:
-    """The weight files that `index` (parsed model.safetensors.index.json, or None) or the names point to.
+    """The weight files of a repo: model.safetensors, else what `index` names (the parsed index, or None).
 
-    Without an index: model.safetensors, else every other *.safetensors at the root, where `consolidated*`, a
-    second copy of the same weights in Mistral's own layout, counts only when there is nothing else.
+    Without either: every other *.safetensors at the root, where `consolidated*`, a second copy of the same
+    weights in Mistral's own layout, counts only when there is nothing else. [] when there are none.
     Raises HubError when the index names a file that is unsafe or that the repo does not hold.
     """
     root = sorted(n for n in names if "/" not in n and n.endswith(".safetensors"))
+    if SINGLE in root:
+        return [SINGLE]
     if index is not None:
         return _indexed(repo_id, set(names), index)
-    if "model.safetensors" in root:
-        return ["model.safetensors"]
     main = [n for n in root if not n.startswith("consolidated")]
     return [n for n in main if n.startswith("model")] or main or root
 

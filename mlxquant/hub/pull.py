@@ -16,8 +16,8 @@ from typing import Any
 
 from mlxquant.errors import HubError, UsageError
 from mlxquant.hub.failures import MAKE_ROOM, told_as_hub_errors
-from mlxquant.hub.listing import Listing, RemoteFile, cache_folder, list_files, quiet_client, read_json
-from mlxquant.hub.names import INDEX, HubId, companions, no_weights, parse_id, shards
+from mlxquant.hub.listing import Listing, RemoteFile, cache_folder, list_files, quiet_client, weight_files
+from mlxquant.hub.names import INDEX, SINGLE, HubId, companions, no_weights, parse_id
 from mlxquant.units import format_bytes
 
 Progress = Callable[
@@ -61,23 +61,12 @@ def pull(repo_id: str, revision: str | None = None, *, progress: Progress | None
     return Pulled(path, hub_id.repo_id, listing.revision, tuple(wanted))
 
 
-def weight_files(listing: Listing) -> list[str]:
-    """The safetensors files of a repo. Raises HubError where it has none, or an index that cannot be true."""
-    index = read_json(listing, INDEX) if INDEX in listing.files else None
-    return shards(listing.repo_id, listing.files, index) or _refuse(listing)
-
-
-def _refuse(listing: Listing) -> list[str]:
-    raise no_weights(listing.repo_id, listing.files)
-
-
 def _choose(hub_id: HubId, listing: Listing) -> list[str]:
     """The names of the files to have, small ones first."""
     if hub_id.file is None:
         weights = weight_files(listing)
-        if "config.json" not in listing.files:
-            raise HubError(f"{hub_id.repo_id} has no config.json", hint="give the repo of the base model")
-        return companions(listing.files) + [INDEX] * (INDEX in listing.files) + weights
+        index = [INDEX] if INDEX in listing.files and weights != [SINGLE] else []
+        return companions(listing.files) + index + weights
     if hub_id.file not in listing.files:
         raise no_weights(hub_id.repo_id, listing.files)
     return [hub_id.file]
