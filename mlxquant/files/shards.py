@@ -1,7 +1,7 @@
 """The weight files we write: which tensor goes where is known, with every header byte, before any data.
 
-A shard's data section begins at a multiple of 8 and holds its tensors by falling item size: each is aligned to
-its own (stock readers may map them) and there are no holes (the format forbids them).
+A shard's data section begins at a multiple of 8 and holds its tensors by falling item size: each is aligned
+to its own (stock readers may map them) and there are no holes (the format forbids them).
 """
 
 from __future__ import annotations
