@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def chunks(target: Target, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int
 def rows(source: Source, target: Target, start: int, stop: int) -> Array:
     """Rows start..stop of the target's row view, (stop - start, width), raw in the target's source dtype.
 
-    Raises SourceError naming the tensor when a file is short or a norm was shifted before.
+    Raises SourceError naming the tensor when a file is short.
     """
     if target.change in WHOLE:
         return _mla_half(source, target)
@@ -72,16 +73,27 @@ def _read(source: Source, piece: Piece, first: int, last: int) -> Array:
 
 
 def _add_one(raw: Array, target: Target) -> Array:
-    values = widen(raw, target.dtype)
-    mean = float(values.mean())
-    if mean > 0.5:
-        # Norm weights of these families lie around 0 as published. Around 1, somebody has shifted them already, and
-        # shifting twice is the commonest silent corruption among published MLX folders.
+    return narrow(widen(raw, target.dtype) + np.float32(1), target.dtype)
+
+
+def refuse_shifted_norms(source: Source, targets: Iterable[Target]) -> None:
+    """Raises SourceError where norms that are to get their 1 + w shift seem to have it already.
+
+    As published these weights scatter around 0; around 1, an MLX or GGUF tool has shifted them before, and shifting
+    twice is the commonest silent corruption among published MLX folders. Single norms may honestly be large, so the
+    median over the model's norms decides.
+    """
+    means = {}
+    for target in targets:
+        if target.change == "add_one":
+            spec = TensorSpec(target.name, target.shape, target.dtype)
+            means[target.name] = float(widen(rows(source, replace(target, change="none"), 0, spec.rows), target.dtype).mean())
+    if means and (middle := float(np.median(list(means.values())))) > 0.75:
         raise SourceError(
-            f"{target.name}: mean {mean:.2f}, expected about 0: its 1 + w shift has been applied already",
+            f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle:.2f}, expected about 0: "
+            "their 1 + w shift has been applied already",
             hint="convert the original checkpoint, not one that MLX or GGUF tools have rewritten",
         )
-    return narrow(values + np.float32(1), target.dtype)
 
 
 def _mla_half(source: Source, target: Target) -> Array:

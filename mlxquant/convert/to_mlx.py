@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlxquant.codecs.encode import encode
-from mlxquant.codecs.floats import NonFiniteError
-from mlxquant.convert.gather import chunks, rows
+from mlxquant.codecs.floats import NonFiniteError, widen
+from mlxquant.convert.gather import chunks, refuse_shifted_norms, rows
 from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import config_json, written_sidecars
 from mlxquant.convert.sources import OpenSource, fingerprint
@@ -59,6 +59,7 @@ def to_mlx(
     journal and ends in the same bytes. Raises SourceError (bytes missing, NaN) and TargetError (see Workspace).
     """
     watch = progress or Silent()
+    refuse_shifted_norms(source, (t.target for t in plan.tensors))
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
     digest = hashlib.sha256(f"{plan.digest()} {shard_bytes} {fingerprint(source)}".encode()).hexdigest()
     with Workspace.open(
@@ -125,12 +126,22 @@ def encode_named(tensor: PlannedTensor, raw: Array, start: int) -> tuple[Array, 
     if not DTYPES[tensor.target.dtype].floating:
         return (raw,)
     try:
-        return encode(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
+        arrays = encode(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
+        if not tensor.codec.quantized:
+            check_finite(arrays[0], tensor.dtype)
+        return arrays
     except NonFiniteError as error:
         raise SourceError(
             f"{tensor.name}: row {start + error.row}: {error.reason}",
             hint="download the file again; if a value is only too large for the dtype, use --dtype bfloat16",
         ) from error
+
+
+def check_finite(raw: Array, dtype: str) -> None:
+    """The quantizing kernels look while they work; what is only copied is looked at here."""
+    finite = np.isfinite(widen(raw, dtype)).reshape(len(raw), -1).all(axis=1)
+    if not finite.all():
+        raise NonFiniteError(int(finite.argmin()), f"NaN, infinity, or a number too large for {DTYPES[dtype].label}")
 
 
 def write_small_files(source: OpenSource, plan: Plan, work: Workspace, index: bytes) -> None:

@@ -10,6 +10,7 @@ from mlxquant.errors import PlanError, UnsupportedError, UsageError
 from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role
 from mlxquant.plan.plan import make_plan
 from mlxquant.plan.recipe import fit_group, settings
+from mlxquant.tensors import TensorSpec
 from tests.tiny import make
 
 
@@ -95,8 +96,8 @@ def test_a_width_no_group_divides_can_be_left_float_knowingly(tmp_path):
 def test_an_unknown_tensor_is_refused_by_name(llama):
     source = open_source(llama)
     specs = dict(source.specs)
-    spec = specs["model.norm.weight"]
-    specs["model.layers.0.self_attn.surprise.weight"] = spec
+    name = "model.layers.0.self_attn.surprise.weight"
+    specs[name] = TensorSpec(name, (128,), "BF16")
     with pytest.raises(UnsupportedError, match="surprise"):
         make_plan(source.config, specs, settings())
 
