@@ -12,7 +12,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-VOCAB = 512
+from tests.tiny_families import ALWAYS_TIED, FAMILIES, NEVER_TIED, VOCAB, norm, weight
+
+__all__ = ["ALWAYS_TIED", "FAMILIES", "NEVER_TIED", "VOCAB", "make", "norm", "tokenizer", "weight"]
+
 NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,9 +38,11 @@ def make(
     """A folder with `layers` layers of `width` columns; `config` overrides entries of config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
+    tied = (tied or family in ALWAYS_TIED) and family not in NEVER_TIED
     base, tensors = FAMILIES[family](rng, width, layers, tied)
     base |= {"torch_dtype": dtype, "vocab_size": VOCAB, "tie_word_embeddings": tied} | config
-    save_file({k: v.astype(NUMPY[dtype]) for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = {k: v.astype(NUMPY[dtype]) for k, v in tensors.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(base, indent=2))
     tokenizer(folder)
     return folder
@@ -74,63 +79,3 @@ def tokenizer(folder: Path) -> None:
         )
     )
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
-
-
-def weight(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Heavy tails, as real weights have: rounding errors show."""
-    return rng.standard_t(4, size=shape).astype(np.float32) * 0.05
-
-
-def norm(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return (1 + 0.1 * rng.normal(size=shape)).astype(np.float32)
-
-
-def _attention(rng, tensors, p, width, heads, kv, hd, bias=False, qk_norm=False):
-    for n, out in (("q", heads), ("k", kv), ("v", kv)):
-        tensors[f"{p}self_attn.{n}_proj.weight"] = weight(rng, out * hd, width)
-        if bias:
-            tensors[f"{p}self_attn.{n}_proj.bias"] = weight(rng, out * hd)
-    tensors[f"{p}self_attn.o_proj.weight"] = weight(rng, width, heads * hd)
-    if qk_norm:
-        tensors |= {f"{p}self_attn.{n}_norm.weight": norm(rng, hd) for n in "qk"}
-
-
-def _dense(model_type: str, architecture: str, bias: bool = False, qk_norm: bool = False):
-    def build(rng, width, layers, tied):
-        heads, kv, hd, ffn = 4, 2, 32, 2 * width
-        t = {"model.embed_tokens.weight": weight(rng, VOCAB, width), "model.norm.weight": norm(rng, width)}
-        if not tied:
-            t["lm_head.weight"] = weight(rng, VOCAB, width)
-        for i in range(layers):
-            p = f"model.layers.{i}."
-            _attention(rng, t, p, width, heads, kv, hd, bias, qk_norm)
-            for n, shape in (("gate", (ffn, width)), ("up", (ffn, width)), ("down", (width, ffn))):
-                t[f"{p}mlp.{n}_proj.weight"] = weight(rng, *shape)
-            t[f"{p}input_layernorm.weight"] = norm(rng, width)
-            t[f"{p}post_attention_layernorm.weight"] = norm(rng, width)
-        config = {
-            "architectures": [architecture],
-            "model_type": model_type,
-            "hidden_size": width,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "head_dim": hd,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        return config, t
-
-    return build
-
-
-FAMILIES = {
-    "llama": _dense("llama", "LlamaForCausalLM"),
-    "qwen2": _dense("qwen2", "Qwen2ForCausalLM", bias=True),
-    "qwen3": _dense("qwen3", "Qwen3ForCausalLM", qk_norm=True),
-}

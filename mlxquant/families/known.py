@@ -117,7 +117,8 @@ FACTS: dict[str, Facts] = {
         "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64,
         "num_key_value_heads": 8, "sliding_window": 128,
     }),
-    "deepseek_v2": Facts("derived", "never", (), _DEEPSEEK),
+    # rope_scaling has a default there, which its own attention cannot run with.
+    "deepseek_v2": Facts("derived", "never", ("rope_scaling",), _DEEPSEEK),
     "deepseek_v3": Facts("derived", "never", (), _DEEPSEEK | {"num_experts_per_tok": 1}),
     "mamba2": Facts("own", "config", (
         "num_heads", "head_dim", "state_size", "layer_norm_epsilon", "conv_kernel", "n_groups", "use_bias",

@@ -17,7 +17,6 @@ from mlxquant.families.known import BASE, FACTS, KNOWN_TYPES, REMAPPING
 Mixer = Literal["full", "sliding", "linear", "ssm", "none"]
 Ffn = Literal["dense", "moe", "none"]
 
-_MISSING = object()
 # Far above any model, far below what would make a plan take minutes.
 _MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
 
@@ -120,7 +119,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
     if inner is not None and not isinstance(inner, Mapping):
         raise SourceError(f"config.json: text_config is {inner!r}, expected an object")
-    merged = {k: v for k, v in config.items() if k != "text_config"} | dict(inner or {})
+    merged = {**config, **(inner or {})}
     if isinstance(config.get("model_type"), str):
         merged["model_type"] = config["model_type"]
     if config.get("model_type") == "gemma3" and "vocab_size" in config:
@@ -174,7 +173,7 @@ class _Reader:
             *facts.required,
         )
         for key in needed:
-            if self.config.get(key, _MISSING) is _MISSING:
+            if self.config.get(key) is None:
                 raise SourceError(f"config.json has no {key}, which a {self.model_type} model needs")
 
     def raw(self, key: str) -> Any:

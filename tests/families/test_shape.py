@@ -1,0 +1,162 @@
+"""Shapes against stock mlx-lm's own arguments, and configs that lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+
+from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.families.known import FACTS, KNOWN_TYPES, REMAPPING
+from mlxquant.families.shape import ModelShape, text_config
+from tests import tiny
+from tests.families import checkpoints
+
+# Keys of FACTS.defaults that mlx-lm keeps elsewhere than in ModelArgs of the same module, and why.
+ELSEWHERE = {"gemma3": "ModelArgs wraps text_config; checked below"}
+
+
+def arguments(module: str):
+    return importlib.import_module(f"mlx_lm.models.{module}").ModelArgs
+
+
+@pytest.mark.parametrize("module", [m for m in FACTS if m not in ELSEWHERE])
+def test_defaults_and_required_keys_are_the_installed_mlx_lms(module):
+    fields = {f.name: f for f in dataclasses.fields(arguments(module))}
+    for key, value in FACTS[module].defaults.items():
+        assert fields[key].default == value, key
+    bare = (dataclasses.MISSING, dataclasses.MISSING)
+    required = {n for n, f in fields.items() if (f.default, f.default_factory) == bare} - {"model_type"}
+    base = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
+    assert required - base <= set(FACTS[module].required)
+
+
+@pytest.mark.parametrize("module", [m for m, f in FACTS.items() if f.tie == "config"])
+def test_a_missing_tie_means_what_it_means_to_mlx_lm(module):
+    field = {f.name: f for f in dataclasses.fields(arguments(module))}["tie_word_embeddings"]
+    if field.default is dataclasses.MISSING:
+        assert "tie_word_embeddings" in FACTS[module].required
+    else:
+        assert FACTS[module].defaults["tie_word_embeddings"] is field.default
+
+
+def test_gemma3_defaults_are_gemma3_texts_and_its_own_three():
+    args = arguments("gemma3")(model_type="gemma3", text_config={})
+    inner = arguments("gemma3_text").from_dict({"model_type": "gemma3_text", **args.text_config})
+    for key, value in FACTS["gemma3"].defaults.items():
+        assert getattr(inner, key) == value, key
+
+
+def test_remapping_is_mlx_lms():
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    assert all(MODEL_REMAPPING[model_type] == module for model_type, module in REMAPPING.items())
+
+
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_every_tiny_model_has_the_layers_and_caches_of_stock(family):
+    path = checkpoints.folder(family, family in tiny.ALWAYS_TIED)
+    shape = ModelShape.from_config(checkpoints.config(path))
+    assert (shape.layers, shape.hidden_size, shape.vocab_size) == (4, 128, tiny.VOCAB)
+    assert len(shape.mixers) == len(shape.ffns) == shape.layers
+    model, _ = checkpoints.stock_model(path)
+    if hasattr(model, "make_cache"):
+        kinds = {"full": "KVCache", "sliding": "RotatingKVCache", "linear": "ArraysCache", "ssm": "ArraysCache"}
+        expected = [kinds[m] for m in shape.mixers if m != "none"]
+        assert [type(c).__name__ for c in model.make_cache()] == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "nemotron_h"])
+def test_recurrent_state_is_what_stock_allocates(family):
+    import mlx.core as mx
+
+    path = checkpoints.folder(family)
+    shape = ModelShape.from_config(checkpoints.config(path))
+    model, _ = checkpoints.stock_model(path)
+    model.set_dtype(mx.float32)  # the CPU multiplies experts in no other
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[1, 2, 3, 4, 5]]), cache=cache))
+    conv, state = cache[0][0], cache[0][1]
+    assert conv.shape == (1, shape.conv_kernel - 1, shape.conv_channels)
+    assert sorted(state.shape) == sorted((1, shape.state_heads, shape.state_key, shape.state_value))
+
+
+def llama(**config):
+    return checkpoints.config(checkpoints.folder("llama")) | config
+
+
+def test_llama():
+    shape = ModelShape.from_config(llama(num_key_value_heads=None, head_dim=None))
+    assert (shape.module, shape.heads, shape.kv_heads, shape.head_dim) == ("llama", 4, 4, 32)
+    assert (shape.context_length, shape.sliding_window, shape.experts, shape.modalities) == (2048, None, 0, ("text",))
+    assert shape.mixers == ("full",) * 4
+    assert shape.ffns == ("dense",) * 4
+
+
+def test_sliding_layers_come_from_layer_types():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = ModelShape.from_config(llama(layer_types=kinds, sliding_window=64))
+    assert shape.mixers == ("sliding", "full") * 2
+    assert shape.sliding_window == 64
+
+
+def test_head_dim_is_ignored_where_mlx_lm_ignores_it():
+    config = checkpoints.config(checkpoints.folder("qwen2")) | {"head_dim": 77}
+    assert ModelShape.from_config(config).head_dim == 32
+
+
+def test_text_config_and_modalities():
+    shape = ModelShape.from_config(checkpoints.config(checkpoints.folder("gemma3", True)))
+    assert shape.modalities == ("text", "vision")
+    assert shape.model_type == "gemma3"
+    assert shape.hidden_size == 128
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "4096"), ("hidden_size", 0), ("hidden_size", -1), ("hidden_size", True),
+        ("hidden_size", 2.0), ("hidden_size", 2**40), ("hidden_size", None), ("hidden_size", [128]),
+        ("num_hidden_layers", 10**9), ("num_attention_heads", {}), ("vocab_size", None), ("head_dim", "x"),
+        ("num_key_value_heads", 0), ("tie_word_embeddings", "yes"), ("layer_types", "full"),
+        ("layer_types", ["full_attention"]), ("layer_types", [1, 2, 3, 4]), ("max_position_embeddings", 1.5),
+        ("model_type", None), ("model_type", 7), ("rms_norm_eps", None), ("text_config", []),
+    ],
+)  # fmt: skip
+def test_a_config_of_lies_is_one_line_that_names_the_key(key, value):
+    with pytest.raises(SourceError, match=key) as caught:
+        ModelShape.from_config(llama(**{key: value}))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_an_unknown_layer_kind_is_unsupported():
+    with pytest.raises(UnsupportedError, match="chunked_attention"):
+        ModelShape.from_config(llama(layer_types=["chunked_attention"] * 4))
+
+
+def test_an_unknown_family_lists_the_known_ones():
+    with pytest.raises(UnsupportedError, match="'bert'") as caught:
+        ModelShape.from_config(llama(model_type="bert"))
+    assert all(known in caught.value.hint for known in KNOWN_TYPES)
+
+
+def test_rope_settings_of_transformers_5_are_lifted_to_where_stock_mlx_lm_reads_them():
+    config = llama(rope_parameters={"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0})
+    del config["rope_theta"]
+    flat = text_config(config)
+    assert flat["rope_theta"] == 500000.0
+    assert flat["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert "rope_scaling" not in text_config(llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"}))
+    assert text_config(llama(rope_parameters={"rope_theta": 1.0}))["rope_theta"] == 10000.0
+
+
+def test_rope_settings_by_kind_of_layer():
+    both = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
+    config = llama(rope_parameters=both)
+    del config["rope_theta"]
+    flat = text_config(config)
+    assert (flat["rope_theta"], flat["rope_local_base_freq"]) == (1e6, 1e4)
+    assert flat["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
