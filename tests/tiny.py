@@ -1,6 +1,7 @@
 """Tiny real checkpoints with random weights: what tests convert, run and break. Seconds to make, no network.
 
-`make(folder, family)` writes a Hugging Face folder (config, safetensors, tokenizer, template) that stock mlx-lm loads.
+`make(folder, family)` writes a Hugging Face folder (config, safetensors, tokenizer, template) that stock
+mlx-lm loads.
 """
 
 from __future__ import annotations

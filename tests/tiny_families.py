@@ -1,7 +1,7 @@
 """Tiny random tensors of every family, under the names and in the layout of its Hugging Face checkpoints.
 
-Written by hand from the published checkpoints, not from mlxquant's tables: that stock mlx-lm loads each of them strictly
-is what shows that they are right.
+Written by hand from the published checkpoints, not from mlxquant's tables: that stock mlx-lm loads each of
+them strictly is what shows that they are right.
 """
 
 from __future__ import annotations
@@ -131,7 +131,11 @@ def gemma3(rng, width, layers, tied):
     inner = {k: v for k, v in config.items() if k not in ("architectures", "bos_token_id", "eos_token_id")}
     t["vision_tower.vision_model.embeddings.patch_embedding.weight"] = weight(rng, 8, 3, 4, 4)
     t["multi_modal_projector.mm_input_projection_weight"] = weight(rng, 8, width)
-    root = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [0, 1]}
+    root = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "eos_token_id": [0, 1],
+    }
     return root | {"text_config": inner, "vision_config": {"hidden_size": 8}}, t
 
 
@@ -196,7 +200,9 @@ def stablelm(rng, width, layers, tied):
             m.norms(f"{p}self_attn.{name}_layernorm.norms.", *map(str, range(heads)), size=width // HEADS)
         m.mlp(f"{p}mlp.")
         m.norms(p, *PRE, bias=True)
-    return m.done(head_dim=None, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.25, layer_norm_eps=1e-5)
+    return m.done(
+        head_dim=None, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.25, layer_norm_eps=1e-5
+    )
 
 
 def glm4(rng, width, layers, tied):
@@ -211,8 +217,8 @@ def glm4(rng, width, layers, tied):
     return m.done(attention_bias=True, partial_rotary_factor=0.5)
 
 
-def moe(model_type, architecture, *, at="mlp.", names=("gate_proj", "up_proj", "down_proj"), qk_norm="", bias=False,
-        shared=False, derived=False, **config):  # fmt: skip
+def moe(model_type, architecture, *, at="mlp.", names=("gate_proj", "up_proj", "down_proj"), qk_norm="",
+        bias=False, shared=False, derived=False, **config):  # fmt: skip
     """Softmax routing over experts with a module each."""
 
     def build(rng, width, layers, tied):
@@ -271,7 +277,8 @@ def gpt_oss(rng, width, layers, tied):
 
 
 def deepseek(version, q_lora=64):
-    """MLA, a dense first layer, experts and a shared expert after it; v3 also has a multi-token prediction layer."""
+    """MLA, a dense first layer, experts and a shared expert after it; v3 also has a multi-token prediction
+    layer."""
     rank, rope, nope, value, hidden = 64, 16, 32, 32, 64
 
     def attention(m, p):
@@ -302,16 +309,24 @@ def deepseek(version, q_lora=64):
                 m.t[f"{p}mlp.gate.e_score_correction_bias"] = weight(rng, EXPERTS)
             m.experts(f"{p}mlp.", hidden)
             m.mlp(f"{p}mlp.shared_experts.", hidden)
-        latents = {"kv_lora_rank": rank, "qk_rope_head_dim": rope, "qk_nope_head_dim": nope, "v_head_dim": value}
+        latents = {
+            "kv_lora_rank": rank,
+            "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": nope,
+            "v_head_dim": value,
+        }
         counts = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": PER_TOKEN}
-        config, t = m.done(head_dim=None, first_k_dense_replace=1, moe_intermediate_size=hidden, **latents, **counts)
+        config, t = m.done(
+            head_dim=None, first_k_dense_replace=1, moe_intermediate_size=hidden, **latents, **counts
+        )
         return config | {"q_lora_rank": q_lora or None, "rope_scaling": YARN if version == 2 else None}, t
 
     return build
 
 
 def qwen3_next(rng, width, layers, tied):
-    """Gated delta nets and, every second layer here, attention with a gate in q_proj; norms stored as w - 1."""
+    """Gated delta nets and, every second layer here, attention with a gate in q_proj; norms stored as w -
+    1."""
     m = Tiny(rng, width, layers, tied, "qwen3_next", "Qwen3NextForCausalLM")
     m.root()
     heads, key, value = 4, 16, 32
@@ -334,10 +349,10 @@ def qwen3_next(rng, width, layers, tied):
         m.linear(f"{p}mlp.shared_expert_gate", 1, width)
     m.t["mtp.fc.weight"] = weight(rng, width, 2 * width)
     return m.done(
-        linear_num_value_heads=heads, linear_num_key_heads=2, linear_key_head_dim=key, linear_value_head_dim=value,
-        linear_conv_kernel_dim=4, full_attention_interval=2, num_experts=EXPERTS, num_experts_per_tok=PER_TOKEN,
-        decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=64, shared_expert_intermediate_size=64,
-        partial_rotary_factor=0.25, norm_topk_prob=True,
+        linear_num_value_heads=heads, linear_num_key_heads=2, linear_key_head_dim=key,
+        linear_value_head_dim=value, linear_conv_kernel_dim=4, full_attention_interval=2, num_experts=EXPERTS,
+        num_experts_per_tok=PER_TOKEN, decoder_sparse_step=1, mlp_only_layers=[], moe_intermediate_size=64,
+        shared_expert_intermediate_size=64, partial_rotary_factor=0.25, norm_topk_prob=True,
     )  # fmt: skip
 
 
@@ -351,9 +366,9 @@ def mamba2(rng, width, layers, tied):
         m.recurrent(f"{p}mixer.", inner + 2 * state, heads, inner, "in_proj", "out_proj")
         m.norms(p, "norm")
     return m.done(
-        num_attention_heads=None, num_key_value_heads=None, num_heads=heads, head_dim=head_dim, state_size=state,
-        layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True,
-        time_step_limit=[0.0, 100.0], time_step_rank=8,
+        num_attention_heads=None, num_key_value_heads=None, num_heads=heads, head_dim=head_dim,
+        state_size=state, layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1, use_bias=False,
+        use_conv_bias=True, time_step_limit=[0.0, 100.0], time_step_rank=8,
     )  # fmt: skip
 
 
@@ -378,11 +393,12 @@ def nemotron_h(rng, width, layers, tied):
     for i in range(4):
         m.norms(f"backbone.layers.{i}.", "norm")
     return m.done(
-        hybrid_override_pattern="M*-E", num_hidden_layers=4, attention_bias=False, mlp_bias=False, use_bias=False,
-        mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_proj_bias=False, ssm_state_size=state, conv_kernel=4,
-        n_groups=1, layer_norm_epsilon=1e-5, use_conv_bias=True, n_routed_experts=EXPERTS, n_shared_experts=1,
-        num_experts_per_tok=PER_TOKEN, moe_intermediate_size=64, moe_shared_expert_intermediate_size=64,
-        n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0,
+        hybrid_override_pattern="M*-E", num_hidden_layers=4, attention_bias=False, mlp_bias=False,
+        use_bias=False, mamba_num_heads=heads, mamba_head_dim=head_dim, mamba_proj_bias=False,
+        ssm_state_size=state, conv_kernel=4, n_groups=1, layer_norm_epsilon=1e-5, use_conv_bias=True,
+        n_routed_experts=EXPERTS, n_shared_experts=1, num_experts_per_tok=PER_TOKEN, moe_intermediate_size=64,
+        moe_shared_expert_intermediate_size=64, n_group=1, topk_group=1, norm_topk_prob=True,
+        routed_scaling_factor=1.0,
     )  # fmt: skip
 
 
@@ -391,8 +407,8 @@ YARN = {
     "mscale": 0.7, "mscale_all_dim": 0.7,
 }  # fmt: skip
 GRANITE = {
-    "logits_scaling": 8.0, "attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.2,
-    "attention_bias": False, "mlp_bias": False,
+    "logits_scaling": 8.0, "attention_multiplier": 0.1, "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.2, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
 SPARSE = {"decoder_sparse_step": 1, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
@@ -415,10 +431,18 @@ FAMILIES = {
     "cohere": cohere,
     "stablelm": stablelm,
     "glm4": glm4,
-    "mixtral": moe("mixtral", "MixtralForCausalLM", at="block_sparse_moe.", names=("w1", "w3", "w2"), derived=True),
+    "mixtral": moe(
+        "mixtral", "MixtralForCausalLM", at="block_sparse_moe.", names=("w1", "w3", "w2"), derived=True
+    ),
     "olmoe": moe("olmoe", "OlmoeForCausalLM", qk_norm="wide"),
     "qwen2_moe": moe(
-        "qwen2_moe", "Qwen2MoeForCausalLM", bias=True, shared=True, derived=True, shared_expert_intermediate_size=64, **SPARSE
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        bias=True,
+        shared=True,
+        derived=True,
+        shared_expert_intermediate_size=64,
+        **SPARSE,
     ),
     "qwen3_moe": moe("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm="head", mlp_only_layers=[0], **SPARSE),
     "granitemoe": granitemoe,

@@ -1,8 +1,8 @@
 """Which token ids end an answer.
 
-A model that does not stop is the fault users meet most. The sources disagree with one another and stock mlx-lm reads
-only some of them, so the end ids are the union: config.json (root and text_config), generation_config.json, the
-tokenizer's eos_token, and the end-of-turn tokens that the chat template writes.
+A model that does not stop is the fault users meet most. The sources disagree with one another and stock
+mlx-lm reads only some of them, so the end ids are the union: config.json (root and text_config),
+generation_config.json, the tokenizer's eos_token, and the end-of-turn tokens that the chat template writes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 
 from mlxquant.errors import SourceError
 
-# Tokens that end a turn and do nothing else, by family: ChatML and Qwen, Llama 3 (turn, and tool call), Phi, Gemma,
-# OpenChat, Llama 2 and Mistral, GPT-2 and its heirs, gpt-oss (answer, and tool call), Cohere, Granite, DeepSeek, OLMo.
-# A token counts only when the tokenizer holds it as one added token and the chat template writes it.
+# Tokens that end a turn and do nothing else, by family: ChatML and Qwen, Llama 3 (turn, and tool call), Phi,
+# Gemma, OpenChat, Llama 2 and Mistral, GPT-2 and its heirs, gpt-oss (answer, and tool call), Cohere, Granite,
+# DeepSeek, OLMo. A token counts only when the tokenizer holds it as one added token and the chat template
+# writes it.
 END_OF_TURN = (
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "</s>", "<|endoftext|>",
-    "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>",
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "</s>",
+    "<|endoftext|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>", "<eos>",
 )  # fmt: skip
 
 
@@ -28,7 +30,8 @@ def eos_ids(
     tokenizer_json: Mapping[str, Any],
     chat_template: str,
 ) -> tuple[int, ...]:
-    """Every id that ends an answer, sorted; empty when no source names one. Files that are missing are {} and "".
+    """Every id that ends an answer, sorted; empty when no source names one. Files that are missing are {} and
+    "".
 
     Raises SourceError naming the file and key where a value has the wrong type.
     """
@@ -44,7 +47,8 @@ def eos_ids(
 
 def _turn_ends(added: Mapping[str, int], chat_template: str) -> set[int]:
     found = {token: added[token] for token in END_OF_TURN if token in added and token in chat_template}
-    if "<|return|>" in found:  # gpt-oss: <|end|> closes each message of an answer, and only <|return|> the answer
+    # In gpt-oss <|end|> closes each message of an answer, and only <|return|> the answer.
+    if "<|return|>" in found:
         found.pop("<|end|>", None)
     return set(found.values())
 
@@ -55,13 +59,18 @@ def stock_eos(
     tokenizer_config: Mapping[str, Any] | None = None,
     tokenizer_json: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """The ids stock mlx-lm stops at: generation_config's where it has any, else config's (`load_config`), and the
-    tokenizer's eos_token, which `TokenizerWrapper` adds (only looked at when the tokenizer's files are given)."""
-    listed = _ids(generation_config, "generation_config.json") if generation_config.get("eos_token_id") else ()
+    """The ids stock mlx-lm stops at: generation_config's where it has any, else config's (`load_config`), and
+    the tokenizer's eos_token, which `TokenizerWrapper` adds (only looked at when the tokenizer's files are
+    given)."""
+    listed = (
+        _ids(generation_config, "generation_config.json") if generation_config.get("eos_token_id") else ()
+    )
     found = set(listed or _ids(config, "config.json"))
     token = _eos_token(tokenizer_config or {})
     if token is not None:
-        found |= _lookup(token, _added_tokens(tokenizer_json or {}), tokenizer_config or {}, tokenizer_json or {})
+        found |= _lookup(
+            token, _added_tokens(tokenizer_json or {}), tokenizer_config or {}, tokenizer_json or {}
+        )
     return tuple(sorted(found))
 
 
@@ -83,9 +92,13 @@ def _eos_token(tokenizer_config: Mapping[str, Any]) -> str | None:
 
 
 def _lookup(
-    token: str, added: Mapping[str, int], tokenizer_config: Mapping[str, Any], tokenizer_json: Mapping[str, Any]
+    token: str,
+    added: Mapping[str, int],
+    tokenizer_config: Mapping[str, Any],
+    tokenizer_json: Mapping[str, Any],
 ) -> set[int]:
-    """The token's id: an added token, else one of the vocabulary, else what tokenizer_config.json itself declares."""
+    """The token's id: an added token, else one of the vocabulary, else what tokenizer_config.json itself
+    declares."""
     if token in added:
         return {added[token]}
     model = tokenizer_json.get("model")
@@ -99,7 +112,11 @@ def _lookup(
     return {
         int(i)
         for i, t in pairs
-        if isinstance(i, str) and i.isascii() and i.isdigit() and isinstance(t, Mapping) and t.get("content") == token
+        if isinstance(i, str)
+        and i.isascii()
+        and i.isdigit()
+        and isinstance(t, Mapping)
+        and t.get("content") == token
     }
 
 

@@ -1,7 +1,8 @@
 """The model families we convert, and what stock mlx-lm takes for granted when config.json is silent.
 
 Facts of mlx-lm 0.32 (`mlx_lm/models/<module>.py`, the fields of ModelArgs; `MODEL_REMAPPING` in utils.py).
-tests/families/test_shape.py compares this table with the installed mlx-lm, so an upgrade that moves a default is seen.
+tests/families/test_shape.py compares this table with the installed mlx-lm, so an upgrade that moves a default
+is seen.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Tie = Literal["config", "always", "never", "present"]
 
 @dataclass(frozen=True)
 class Facts:
-    """`required`: the keys mlx-lm has no default for (beyond BASE); `defaults`: those of the keys we read that it has."""
+    """`required`: the keys mlx-lm has no default for (beyond BASE); `defaults`: those of the keys we read
+    that it has."""
 
     head_dim: HeadDim = "derived"
     tie: Tie = "config"
@@ -47,8 +49,8 @@ _MOE3 = (
 _DEEPSEEK: dict[str, int | bool | None] = {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "moe_intermediate_size": 1407,
     "num_hidden_layers": 30, "num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512,
-    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "moe_layer_freq": 1,
-    "first_k_dense_replace": 0, "max_position_embeddings": 2048,
+    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
+    "moe_layer_freq": 1, "first_k_dense_replace": 0, "max_position_embeddings": 2048,
 }  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
@@ -71,8 +73,9 @@ FACTS: dict[str, Facts] = {
     )),
     "qwen3_moe": Facts("own", "config", (*_MOE3, "tie_word_embeddings", "norm_topk_prob")),
     "qwen3_next": Facts("own", "config", (
-        *_MOE3, "linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim", "linear_value_head_dim",
-        "linear_conv_kernel_dim", "shared_expert_intermediate_size", "partial_rotary_factor",
+        *_MOE3, "linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim",
+        "linear_value_head_dim", "linear_conv_kernel_dim", "shared_expert_intermediate_size",
+        "partial_rotary_factor",
     ), _UNTIED | {"full_attention_interval": 4}),
     "gemma": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
     "gemma2": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
@@ -81,7 +84,8 @@ FACTS: dict[str, Facts] = {
         "head_dim": 256, "vocab_size": 262144, "num_key_value_heads": 1, "sliding_window": 512,
         "sliding_window_pattern": 6, "max_position_embeddings": 32768,
     }),
-    # gemma3 is gemma3_text under `language_model.`, with three defaults of its own (gemma3.py, __post_init__).
+    # gemma3 is gemma3_text under `language_model.`, with three defaults of its own (gemma3.py,
+    # __post_init__).
     "gemma3": Facts("own", "present", ("text_config",), {
         "hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912, "num_attention_heads": 8,
         "head_dim": 256, "vocab_size": 262208, "num_key_value_heads": 4, "sliding_window": 512,
@@ -110,7 +114,8 @@ FACTS: dict[str, Facts] = {
         "num_key_value_heads", "rope_theta", "use_qkv_bias", "partial_rotary_factor", "layer_norm_eps",
     )),
     "glm4": Facts("own", "never", (
-        "attention_bias", "head_dim", "rms_norm_eps", "num_key_value_heads", "partial_rotary_factor", "rope_theta",
+        "attention_bias", "head_dim", "rms_norm_eps", "num_key_value_heads", "partial_rotary_factor",
+        "rope_theta",
     ), {"max_position_embeddings": 32768}),
     "gpt_oss": Facts("own", "never", (), {
         "num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,
@@ -125,9 +130,9 @@ FACTS: dict[str, Facts] = {
         "use_conv_bias", "tie_word_embeddings", "time_step_limit", "time_step_rank",
     ), {"max_position_embeddings": 2056}),
     "nemotron_h": Facts("either", "never", (
-        "max_position_embeddings", "num_key_value_heads", "attention_bias", "mamba_num_heads", "mamba_head_dim",
-        "mamba_proj_bias", "ssm_state_size", "conv_kernel", "n_groups", "mlp_bias", "layer_norm_epsilon", "use_bias",
-        "use_conv_bias",
+        "max_position_embeddings", "num_key_value_heads", "attention_bias", "mamba_num_heads",
+        "mamba_head_dim", "mamba_proj_bias", "ssm_state_size", "conv_kernel", "n_groups", "mlp_bias",
+        "layer_norm_epsilon", "use_bias", "use_conv_bias",
     )),
 }  # fmt: skip
 

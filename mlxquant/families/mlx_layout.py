@@ -1,8 +1,9 @@
 """Which rows of which source tensors become which MLX tensor, for the checkpoints of every family we know.
 
-The result is what stock mlx-lm's `Model.sanitize` makes of the same checkpoint: names, shapes and values (tests run the
-real one beside it). Unlike there, nothing is lost in silence: a tensor is used, dropped with a reason, or an error.
-Both a Hugging Face checkpoint and an unquantized MLX folder (experts stacked already) are read.
+The result is what stock mlx-lm's `Model.sanitize` makes of the same checkpoint: names, shapes and values
+(tests run the real one beside it). Unlike there, nothing is lost in silence: a tensor is used, dropped with a
+reason, or an error. Both a Hugging Face checkpoint and an unquantized MLX folder (experts stacked already)
+are read.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _ENOUGH = 200  # missing names after which looking further tells nobody more
 def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout:
     """The targets of stock mlx-lm's model for this checkpoint, in the model's order, and what was left out.
 
-    SourceError: tensors missing, of another shape than config.json says, or of mixed dtypes. UnsupportedError: an
-    unknown family, tensors the family has no place for, or weights that are not float.
+    SourceError: tensors missing, of another shape than config.json says, or of mixed dtypes.
+    UnsupportedError: an unknown family, tensors the family has no place for, or weights that are not float.
     """
     shape = ModelShape.from_config(config)
     sources = {_canonical(shape.module, name): spec for name, spec in specs.items()}
@@ -58,7 +59,8 @@ def _canonical(module: str, name: str) -> str:
 
 
 def _head(config: Mapping[str, Any], shape: ModelShape, sources: Mapping[str, TensorSpec]) -> set[str]:
-    """'head' where mlx-lm's model has an output head, 'copied_head' where it must be copied from the embedding."""
+    """'head' where mlx-lm's model has an output head, 'copied_head' where it must be copied from the
+    embedding."""
     rule = FACTS[shape.module].tie
     present = any(name in sources for name in ("lm_head.weight", "language_model.lm_head.weight"))
     stated = text_config(config).get("tie_word_embeddings")
@@ -68,13 +70,14 @@ def _head(config: Mapping[str, Any], shape: ModelShape, sources: Mapping[str, Te
         return {"copied_head"} if stated is True and not present else {"head"}
     if rule == "always" and stated is False:
         raise UnsupportedError(
-            f"config.json says tie_word_embeddings: false, but stock mlx-lm's {shape.module} has no output head of its own"
+            f"config.json says tie_word_embeddings: false, but stock mlx-lm's {shape.module} "
+            "has no output head of its own"
         )
     if rule == "config" and shape.tied and stated is None and present:
         raise SourceError(
             "the source has lm_head.weight, but config.json does not say whether embeddings are tied; "
             "stock mlx-lm would take them as tied and lose it",
-            hint='add "tie_word_embeddings": false to config.json if lm_head.weight is the output head, true if not',
+            hint='add "tie_word_embeddings": false to config.json if lm_head.weight is to be used, else true',
         )
     return set() if shape.tied else {"head"}
 
@@ -138,7 +141,8 @@ class _Build:
 
     @property
     def shifted(self) -> bool:
-        """An MLX folder has its norms as 1 + w already; like mlx-lm we tell it by its experts, which it has stacked."""
+        """An MLX folder has its norms as 1 + w already; like mlx-lm we tell it by its experts, which it has
+        stacked."""
         return not any(".experts.0." in name for name in self.sources)
 
     def size(self, word: str) -> int:
@@ -149,7 +153,8 @@ class _Build:
     def check(self, spec: TensorSpec, expected: tuple[int, ...], first: TensorSpec) -> None:
         if spec.shape != expected:
             raise SourceError(
-                f"{spec.name} is {list(spec.shape)}, expected {list(expected)} from config.json ({self.shape.model_type})"
+                f"{spec.name} is {list(spec.shape)}, expected {list(expected)} "
+                f"from config.json ({self.shape.model_type})"
             )
         if spec.dtype not in _FLOATS:
             raise UnsupportedError(

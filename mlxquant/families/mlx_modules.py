@@ -1,7 +1,9 @@
-"""Every tensor of every family's MLX model: its name, its shape, and what in a Hugging Face checkpoint it is made of.
+"""Every tensor of every family's MLX model: its name, its shape, and what in a Hugging Face checkpoint it is
+made of.
 
-Facts of mlx-lm 0.32 (`mlx_lm/models/<module>.py`: the module tree and `sanitize`), written as tables. A tensor of a
-checkpoint that no row takes and no drop rule names is an error, so a table that lacks a row cannot lose a weight.
+Facts of mlx-lm 0.32 (`mlx_lm/models/<module>.py`: the module tree and `sanitize`), written as tables. A
+tensor of a checkpoint that no row takes and no drop rule names is an error, so a table that lacks a row
+cannot lose a weight.
 
 Dimensions are words, resolved by `dimensions()`: h hidden, v vocabulary, f feed-forward, q = heads * hd, kv =
 kv_heads * hd, e experts, m experts' width, s shared expert's width, ... A number in front multiplies ("2f").
@@ -27,7 +29,8 @@ How = Literal["same", "stack", "half", "add_one", "conv", "mla_q", "mla_v", "emb
 
 @dataclass(frozen=True)
 class Row:
-    """`name` is below the layer (or the root). `when`: flags that must all be set. `repeat`: one tensor for each {n}."""
+    """`name` is below the layer (or the root). `when`: flags that must all be set. `repeat`: one tensor for
+    each {n}."""
 
     name: str
     dims: str
@@ -215,7 +218,10 @@ FAMILIES: dict[str, Family] = {
         _root(),
     ),
     "qwen2_moe": Family((*_attention("yes"), _ROUTER, *_experts(), *_SHARED_GATED, *_PRE), _root()),
-    "qwen3_moe": Family((*_attention(), *_QK_NORM, *_mlp(when="dense"), _ROUTER, *_experts(), *_PRE), _root()),
+    "qwen3_moe": Family(
+        (*_attention(), *_QK_NORM, *_mlp(when="dense"), _ROUTER, *_experts(), *_PRE),
+        _root(),
+    ),
     "qwen3_next": Family(
         (
             *_attention("attention_bias", "attention_bias", when="full", q="2q"),
@@ -269,7 +275,8 @@ FAMILIES: dict[str, Family] = {
         _root(),
     ),
     "olmoe": Family(
-        (*_attention("attention_bias", "attention_bias"), *_WIDE_QK_NORM, _ROUTER, *_experts(), *_PRE), _root()
+        (*_attention("attention_bias", "attention_bias"), *_WIDE_QK_NORM, _ROUTER, *_experts(), *_PRE),
+        _root(),
     ),
     "granitemoe": Family(
         (
@@ -339,7 +346,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _root(),
         refuses=((r".*\.experts\.(gate_up|down)_proj(_bias|_blocks|_scales)?",
-                  "gpt_oss experts in Hugging Face's transposed layout, which stock mlx-lm cannot read unquantized"),),
+                  "experts in Hugging Face's transposed layout, which stock mlx-lm cannot read as floats"),),
     ),
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
@@ -364,8 +371,8 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 _FLAGS = (
-    "attention_bias", "mlp_bias", "use_qk_norm", "layer_norm_bias", "qk_layernorm", "use_qkv_bias", "use_bias",
-    "use_conv_bias", "mamba_proj_bias", "use_parallel_residual",
+    "attention_bias", "mlp_bias", "use_qk_norm", "layer_norm_bias", "qk_layernorm", "use_qkv_bias",
+    "use_bias", "use_conv_bias", "mamba_proj_bias", "use_parallel_residual",
 )  # fmt: skip
 
 
@@ -386,14 +393,15 @@ def dimensions(shape: ModelShape) -> dict[str, int]:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.state_heads * shape.state_value
     return {
-        "h": shape.hidden_size, "v": shape.vocab_size, "f": shape.intermediate_size,
-        "q": q, "kv": kv, "qkv": q + 2 * kv, "hd": shape.head_dim, "heads": shape.heads, "kv_heads": shape.kv_heads,
+        "h": shape.hidden_size, "v": shape.vocab_size, "f": shape.intermediate_size, "q": q, "kv": kv,
+        "qkv": q + 2 * kv, "hd": shape.head_dim, "heads": shape.heads, "kv_heads": shape.kv_heads,
         "e": shape.experts, "m": shape.moe_intermediate_size, "s": shape.shared_intermediate_size,
-        "x": shape.moe_latent_size or shape.hidden_size,
-        "ql": shape.q_lora_rank, "kvl": shape.kv_lora_rank, "kva": shape.kv_lora_rank + shape.qk_rope_head_dim,
+        "x": shape.moe_latent_size or shape.hidden_size, "ql": shape.q_lora_rank, "kvl": shape.kv_lora_rank,
+        "kva": shape.kv_lora_rank + shape.qk_rope_head_dim,
         "qb": shape.heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim),
         "kvb": shape.heads * (shape.qk_nope_head_dim + shape.v_head_dim),
         "ov": shape.heads * shape.v_head_dim, "nope": shape.qk_nope_head_dim, "vd": shape.v_head_dim,
         "cc": shape.conv_channels, "k": shape.conv_kernel, "sh": shape.state_heads, "sv": shape.state_value,
-        "so": inner, "si": inner + shape.conv_channels + shape.state_heads, "qkvz": shape.conv_channels + inner,
+        "so": inner, "si": inner + shape.conv_channels + shape.state_heads,
+        "qkvz": shape.conv_channels + inner,
     }  # fmt: skip

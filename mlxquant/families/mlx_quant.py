@@ -1,4 +1,5 @@
-"""What stock mlx-lm quantizes, and how, when it is asked for one format everywhere: the law of `--recipe uniform`.
+"""What stock mlx-lm quantizes, and how, when it is asked for one format everywhere: the law of `--recipe
+uniform`.
 
 Facts of mlx-lm 0.32: `quantize_model` in utils.py and the `quant_predicate` of mlx_lm/models/<module>.py.
 """
@@ -9,7 +10,8 @@ from mlxquant.codecs.spec import KEEP, Codec, affine
 from mlxquant.families.known import REMAPPING
 from mlxquant.families.layout import Target
 
-# Weights that no module with `to_quantized` holds: MoEGate and LayerNorm2D keep raw arrays. Ends of MLX names.
+# Weights that no module with `to_quantized` holds: MoEGate and LayerNorm2D keep raw arrays. Ends of MLX
+# names.
 _RAW = {
     "deepseek_v2": ("mlp.gate.weight",),
     "deepseek_v3": ("mlp.gate.weight",),
@@ -17,8 +19,8 @@ _RAW = {
     "cohere": ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
 }
 
-# quant_predicate: module paths that end in one of these get 8 bits in groups of 64. The granite rules are mlx-lm's
-# own, and "mlp.down_proj" catches granitemoe's "switch_mlp.down_proj" there too.
+# quant_predicate: module paths that end in one of these get 8 bits in groups of 64. The granite rules are
+# mlx-lm's own, and "mlp.down_proj" catches granitemoe's "switch_mlp.down_proj" there too.
 _PRESET = affine(8, 64)
 _EIGHT_BITS = {
     "qwen3_moe": ("mlp.gate",),
@@ -31,7 +33,8 @@ _EIGHT_BIT_HEADS = ("granite", "granitemoe")
 
 
 def quantizable(model_type: str, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether mlx-lm's module for this MLX tensor can be quantized at all: Linear, Embedding, SwitchLinear, MultiLinear."""
+    """Whether mlx-lm's module for this MLX tensor can be quantized at all: Linear, Embedding, SwitchLinear,
+    MultiLinear."""
     if not name.endswith(".weight") or len(shape) < 2 or (len(shape) == 3 and shape[-1] == 1):
         return False  # vectors, biases, and convolutions (C, K, 1)
     return not name.endswith(_RAW.get(REMAPPING.get(model_type, model_type), ()))
@@ -46,10 +49,11 @@ def preset(model_type: str, name: str) -> Codec | None:
 
 
 def mlx_lm_codec(model_type: str, target: Target) -> Codec | None:
-    """What stock mlx-lm does with this target: KEEP where it has no quantized module for it, a codec where the family
-    sets one of its own, None where it takes the format it was asked for.
+    """What stock mlx-lm does with this target: KEEP where it has no quantized module for it, a codec where
+    the family sets one of its own, None where it takes the format it was asked for.
 
-    With `quantize_model`, the width rule comes first: what the asked-for group size does not divide stays float, even
-    where the family sets a codec of its own. And `convert` with a mixed recipe does not ask the family at all.
+    With `quantize_model`, the width rule comes first: what the asked-for group size does not divide stays
+    float, even where the family sets a codec of its own. And `convert` with a mixed recipe does not ask the
+    family at all.
     """
     return preset(model_type, target.name) if quantizable(model_type, target.name, target.shape) else KEEP

@@ -1,9 +1,10 @@
-"""What each tensor does in the model, told from its shape and its neighbours; names only where these cannot tell.
+"""What each tensor does in the model, told from its shape and its neighbours; names only where these cannot
+tell.
 
-A list of names misses the next family's router, and a router at four bits ruins a model. So a router is the matrix of
-(experts, hidden) beside a stack of experts, a shared expert's gate has one row, an MLA module is one that holds a norm as
-wide as its latent, a recurrent module is one that holds a depthwise convolution or a pair of per-head vectors. Names
-split what has one shape for several jobs: q from k, gate from up.
+A list of names misses the next family's router, and a router at four bits ruins a model. So a router is the
+matrix of (experts, hidden) beside a stack of experts, a shared expert's gate has one row, an MLA module is
+one that holds a norm as wide as its latent, a recurrent module is one that holds a depthwise convolution or a
+pair of per-head vectors. Names split what has one shape for several jobs: q from k, gate from up.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def assign_roles(targets: Iterable[Target], shape: ModelShape) -> dict[str, Role
 
 
 def _parts(name: str) -> tuple[tuple[str, ...], str]:
-    """'a.b.c.weight' -> (('a', 'b'), 'c'), the module and the layer in it; 'a.b.A_log' -> (('a', 'b'), 'A_log')."""
+    """'a.b.c.weight' -> (('a', 'b'), 'c'), the module and the layer in it; 'a.b.A_log' -> (('a', 'b'),
+    'A_log')."""
     words = name.split(".")
     if words[-1] in ("weight", "bias") and len(words) > 1:
         words = words[:-1]
@@ -133,7 +135,12 @@ def _is_conv(target: Target) -> bool:
 
 
 def _is_stack(target: Target, shape: ModelShape) -> bool:
-    return bool(shape.experts) and len(target.shape) == 3 and target.shape[0] == shape.experts and not _is_conv(target)
+    return (
+        bool(shape.experts)
+        and len(target.shape) == 3
+        and target.shape[0] == shape.experts
+        and not _is_conv(target)
+    )
 
 
 def _root_role(target: Target, shape: ModelShape, taken: bool) -> Role:

@@ -1,7 +1,7 @@
 """A model's dimensions, read from a config.json that nobody has vouched for.
 
-Values mean what they mean to stock mlx-lm: where a key is missing its default counts (known.py), because the folder we
-write is read by it. Every number is checked for type and range before anything is sized by it.
+Values mean what they mean to stock mlx-lm: where a key is missing its default counts (known.py), because the
+folder we write is read by it. Every number is checked for type and range before anything is sized by it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Ffn = Literal["dense", "moe", "none"]
 _MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
 
 _NEMOTRON_BLOCKS = {
-    "full_attention": "*", "attention": "*", "linear_attention": "M", "mamba": "M", "conv": "M", "moe": "E", "mlp": "-",
+    "full_attention": "*", "attention": "*", "linear_attention": "M", "mamba": "M", "conv": "M", "moe": "E",
+    "mlp": "-",
 }  # fmt: skip
 _NEMOTRON_KINDS: dict[str, tuple[Mixer, Ffn]] = {
     "*": ("full", "none"),
@@ -33,12 +34,14 @@ _NEMOTRON_KINDS: dict[str, tuple[Mixer, Ffn]] = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a family's tensors and caches are sized by. Counts are elements; 0 or None where the family has no such part.
+    """What a family's tensors and caches are sized by. Counts are elements; 0 or None where the family has no
+    such part.
 
     module: the file in mlx_lm/models that runs it (mistral -> llama). mixers, ffns: one entry per layer.
     tied: the embedding is the output head in mlx-lm's eyes (gemma3: unless the source holds lm_head.weight).
     modalities: "text", and "vision" or "audio" where the config describes parts that are not converted.
-    Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is their state.
+    Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is
+    their state.
     """
 
     model_type: str
@@ -74,7 +77,8 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Reads config.json. SourceError names the key that is missing or wrong; UnsupportedError an unknown family."""
+        """Reads config.json. SourceError names the key that is missing or wrong; UnsupportedError an unknown
+        family."""
         reader = _Reader.open(config)
         module, facts = reader.module, FACTS[reader.module]
         reader.check_required()
@@ -111,10 +115,11 @@ class ModelShape:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """text_config merged over the root, and rope settings of transformers 5 where stock mlx-lm looks for them.
+    """text_config merged over the root, and rope settings of transformers 5 where stock mlx-lm looks for
+    them.
 
-    transformers >= 5 writes rope_parameters = {rope_theta, rope_type, ...}, which most mlx-lm families do not read: a
-    llama would run with rope_theta 10000 without a word. Explicit flat keys win.
+    transformers >= 5 writes rope_parameters = {rope_theta, rope_type, ...}, which most mlx-lm families do not
+    read: a llama would run with rope_theta 10000 without a word. Explicit flat keys win.
     """
     inner = config.get("text_config")
     if inner is not None and not isinstance(inner, Mapping):

@@ -1,4 +1,5 @@
-"""A tiny checkpoint of each family, opened with foreign code: safetensors for the source, stock mlx-lm for the model."""
+"""A tiny checkpoint of each family, opened with foreign code: safetensors for the source, stock mlx-lm for
+the model."""
 
 from __future__ import annotations
 

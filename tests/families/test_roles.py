@@ -67,9 +67,10 @@ WORDS = {
     "granitemoe": ("router", "layer", "switch_mlp", "block_sparse_moe"),
     "gpt_oss": ("router", "experts", "mlp"),
     "deepseek_v2": ("gate", "kv_a_proj_with_mqa", "kv_b_proj", "self_attn", "mlp"),
-    "deepseek_v3": ("gate", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "embed_q", "unembed_out", "self_attn", "mlp"),
-    "qwen3_next": ("linear_attn", "in_proj_qkvz", "in_proj_ba", "conv1d", "A_log", "dt_bias", "out_proj", "gate",
-                   "shared_expert_gate"),
+    "deepseek_v3": ("gate", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "embed_q", "unembed_out",
+                    "self_attn", "mlp"),
+    "qwen3_next": ("linear_attn", "in_proj_qkvz", "in_proj_ba", "conv1d", "A_log", "dt_bias", "out_proj",
+                   "gate", "shared_expert_gate"),
     "mamba2": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "D", "dt_bias"),
     "nemotron_h": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "gate"),
 }  # fmt: skip
@@ -88,7 +89,9 @@ def test_sensitive_roles_survive_nonsense_names(family, word):
     assert sensitive
     assert any(new[name] != name for name in new)
     assert {name: after[new[name]] for name in sensitive} == {name: before[name] for name in sensitive}
-    assert not [name for name, role in before.items() if role not in SENSITIVE and after[new[name]] in SENSITIVE]
+    assert not [
+        name for name, role in before.items() if role not in SENSITIVE and after[new[name]] in SENSITIVE
+    ]
 
 
 def test_a_projection_of_the_routers_shape_is_no_router():

@@ -62,7 +62,12 @@ def test_every_tiny_model_has_the_layers_and_caches_of_stock(family):
     assert len(shape.mixers) == len(shape.ffns) == shape.layers
     model, _ = checkpoints.stock_model(path)
     if hasattr(model, "make_cache"):
-        kinds = {"full": "KVCache", "sliding": "RotatingKVCache", "linear": "ArraysCache", "ssm": "ArraysCache"}
+        kinds = {
+            "full": "KVCache",
+            "sliding": "RotatingKVCache",
+            "linear": "ArraysCache",
+            "ssm": "ArraysCache",
+        }
         expected = [kinds[m] for m in shape.mixers if m != "none"]
         assert [type(c).__name__ for c in model.make_cache()] == expected
 
@@ -89,7 +94,12 @@ def llama(**config):
 def test_llama():
     shape = ModelShape.from_config(llama(num_key_value_heads=None, head_dim=None))
     assert (shape.module, shape.heads, shape.kv_heads, shape.head_dim) == ("llama", 4, 4, 32)
-    assert (shape.context_length, shape.sliding_window, shape.experts, shape.modalities) == (2048, None, 0, ("text",))
+    assert (shape.context_length, shape.sliding_window, shape.experts, shape.modalities) == (
+        2048,
+        None,
+        0,
+        ("text",),
+    )
     assert shape.mixers == ("full",) * 4
     assert shape.ffns == ("dense",) * 4
 
@@ -148,7 +158,9 @@ def test_rope_settings_of_transformers_5_are_lifted_to_where_stock_mlx_lm_reads_
     flat = text_config(config)
     assert flat["rope_theta"] == 500000.0
     assert flat["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    assert "rope_scaling" not in text_config(llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"}))
+    assert "rope_scaling" not in text_config(
+        llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"})
+    )
     assert text_config(llama(rope_parameters={"rope_theta": 1.0}))["rope_theta"] == 10000.0
 
 
