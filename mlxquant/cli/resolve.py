@@ -1,0 +1,60 @@
+"""What MODEL and SRC on the command line mean: a path if there is one, else a Hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxquant.errors import UsageError
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` is to be looked up on the Hub: an `org/name` (or org/name/file.gguf) that is no path
+    here.
+    """
+    from mlxquant.hub.names import parse_id
+
+    return not Path(text).exists() and parse_id(text) is not None
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """A model folder or .gguf file on this machine, pulled first if need be. Raises UsageError, HubError."""
+    return resolve_source(model, revision)[0]
+
+
+def resolve_source(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any] | None]:
+    """(path, what a converted folder records of its origin; None for a path). Raises UsageError, HubError."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision:
+            raise UsageError(
+                f"--revision {revision} is for Hub ids, and {source} is a path", hint="leave it out"
+            )
+        return path, None
+    if not is_hub_id(source):
+        raise UsageError(
+            f"{source!r} is neither a path that exists nor a Hub id",
+            hint="give a model folder, a .gguf file, or an id like org/name",
+        )
+    return _pull(source, revision)
+
+
+def _pull(source: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    from mlxquant.cli.progress import ByteBar
+    from mlxquant.hub.pull import pull
+
+    with ByteBar(f"Pulling {source}") as bar:
+        started = False
+        shown = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal started, shown
+            if not started:
+                bar.start(total, done)
+                started = True
+            else:
+                bar.advance(done - shown)
+            shown = done
+
+        pulled = pull(source, revision, progress=progress)
+    return pulled.path, {"name": pulled.repo_id, "revision": pulled.revision}

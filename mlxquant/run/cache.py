@@ -1,0 +1,234 @@
+"""What each layer's cache is, decided before the first token and printable.
+
+mlx-lm quantizes caches in the middle of a run, and crashes there on sliding-window layers, attention sinks,
+MLA and head widths that no group size divides. Here the model is first *traced*: called with a few tokens and
+never evaluated. That reads no weights, gives the exact shape and dtype of every cache whatever the family,
+and raises where a kind of cache does not work, so no list of model names is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from mlxquant.errors import UsageError
+from mlxquant.run.cache_size import Growth, pushes
+
+KV_BITS = (4, 8)
+KV_GROUP_SIZES = (32, 64, 128)
+# Tokens at the very beginning that a rotating cache never drops (attention sinks; Xiao et al. 2023): mlx-lm's
+# number.
+KEEP_TOKENS = 4
+MIN_KV_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of the cache. kind: 'full', 'quantized', 'sliding' (the model's own window), 'rotating'
+    (--max-kv-size), 'state' (of fixed size) or 'mixed'. group_size and bits belong to 'quantized'."""
+
+    kind: str
+    reason: str
+    growths: tuple[Growth, ...]
+    bits: int = 0
+    group_size: int = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one more token of context, before the window is full."""
+        return sum(growth.position_bytes for growth in self.growths)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """`make()` gives a fresh cache as decided; the rest says what it costs."""
+
+    slots: tuple[Slot, ...]
+    make: Callable[[], list[Any]]
+    notes: tuple[str, ...] = ()
+
+    def peak_bytes(self, prompt_tokens: int, new_tokens: int, prefill_step: int) -> int:
+        """The most that all layers hold during such a run."""
+        steps = list(pushes(prompt_tokens, new_tokens, prefill_step))
+        # Layers are alike in a few groups, and a long context is thousands of steps: reckon each kind once.
+        distinct: dict[Growth, int] = {}
+        for slot in self.slots:
+            for growth in slot.growths:
+                distinct[growth] = distinct.get(growth, 0) + 1
+        return sum(count * growth.peak_bytes(steps) for growth, count in distinct.items())
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(slot.bytes_per_token for slot in self.slots)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the cache stops growing at some length."""
+        return all(growth.window is not None or not growth.position_bytes
+                   for slot in self.slots for growth in slot.growths)  # fmt: skip
+
+    def table(self) -> list[tuple[str, str, str, int]]:
+        """(layers, kind, reason, bytes per token), one row for each run of layers that are alike."""
+        rows, start = [], 0
+        for slot, group in groupby(self.slots):
+            count = len(list(group))
+            layers = f"{start}-{start + count - 1}" if count > 1 else str(start)
+            rows.append((layers, slot.kind, slot.reason, slot.bytes_per_token * count))
+            start += count
+        return rows
+
+
+def plan_cache(
+    model: Any, *, max_kv_size: int | None = None, kv_bits: int | None = None, kv_group_size: int = 64
+) -> CachePlan:
+    """Decides every layer's cache for an mlx-lm model, loaded or lazy. Raises UsageError for settings no
+    cache has.
+
+    max_kv_size: keep only so many positions (and the first 4) in layers that have no window of their own.
+    kv_bits, kv_group_size: quantize keys and values of the layers that can be; the group is made smaller
+    where the head width asks for it.
+    """
+    _check(max_kv_size, kv_bits, kv_group_size)
+    from mlx_lm.models.cache import make_prompt_cache
+
+    traced = make_prompt_cache(model)
+    trace(model, traced)
+    slots = [_decide(entry, max_kv_size, kv_bits, kv_group_size) for entry in traced]
+    if any(slot.kind == "quantized" for slot in slots):
+        slots = _keep_what_works(model, traced, slots)
+    notes = []
+    if kv_bits and not any(slot.kind == "quantized" for slot in slots):
+        notes.append(f"no layer's cache can be quantized, so --kv-bits {kv_bits} changes nothing")
+    if max_kv_size and not any(slot.kind == "rotating" for slot in slots):
+        notes.append(f"no layer's cache can be shortened, so --max-kv-size {max_kv_size} changes nothing")
+    return CachePlan(tuple(slots), lambda: _build(make_prompt_cache(model), slots), tuple(notes))
+
+
+def trace(model: Any, cache: list[Any]) -> None:
+    """Calls the model with two tokens and then one, without evaluating: fills `cache` with unevaluated
+    arrays.
+    """
+    import mlx.core as mx
+
+    for count in (2, 1):
+        model(mx.zeros((1, count), dtype=mx.int32), cache=cache)
+
+
+def _check(max_kv_size: int | None, kv_bits: int | None, kv_group_size: int) -> None:
+    if max_kv_size is not None and max_kv_size < MIN_KV_SIZE:
+        raise UsageError(
+            f"a cache of {max_kv_size} positions is too short", hint=f"use {MIN_KV_SIZE} or more"
+        )
+    if kv_bits is not None and kv_bits not in KV_BITS:
+        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="use --kv-bits 4 or 8")
+    if kv_group_size not in KV_GROUP_SIZES:
+        raise UsageError(f"{kv_group_size} is no group size for a cache", hint="use 32, 64 or 128")
+
+
+def _decide(entry: Any, max_kv_size: int | None, kv_bits: int | None, kv_group_size: int) -> Slot:
+    """From one traced cache. Only a plain KVCache can become another kind."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    growths = tuple(_growths(entry))
+    if type(entry) is RotatingKVCache:
+        return Slot("sliding", f"the model's window of {entry.max_size} tokens, stays float", growths)
+    if type(entry) is not KVCache:
+        grows = any(growth.position_bytes for growth in growths)
+        return Slot(
+            "mixed" if grows else "state", f"{type(entry).__name__}, stays as the model makes it", growths
+        )
+    if not growths:
+        return Slot("state", "the model does not use it", growths)
+    if max_kv_size:
+        reason = f"--max-kv-size {max_kv_size}" + (", which cannot be quantized" if kv_bits else "")
+        return Slot("rotating", reason, (replace(growths[0], window=max_kv_size, keep=KEEP_TOKENS),))
+    if kv_bits:
+        return _quantized(entry, growths[0], kv_bits, kv_group_size)
+    return Slot("full", _dtype(entry), growths)
+
+
+def _growths(entry: Any) -> list[Growth]:
+    """What a traced cache costs; a cache made of caches is the sum of them, one of unknown kind its present
+    bytes.
+    """
+    from mlx_lm.models.cache import CacheList, RotatingKVCache
+
+    if isinstance(entry, CacheList):
+        return [growth for inner in entry.caches for growth in _growths(inner)]
+    keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+    if keys is not None and values is not None and hasattr(keys, "shape"):
+        position = (keys.nbytes // keys.shape[-2]) + (values.nbytes // values.shape[-2])
+        if isinstance(entry, RotatingKVCache):
+            return [Growth(position, window=entry.max_size, keep=entry.keep)]
+        return [Growth(position)]
+    if entry.empty():
+        return []
+    return [Growth(fixed_bytes=entry.nbytes)]
+
+
+def _quantized(entry: Any, growth: Growth, bits: int, asked: int) -> Slot:
+    widths = (entry.keys.shape[-1], entry.values.shape[-1])
+    sizes = [size for size in sorted(KV_GROUP_SIZES, reverse=True) if size <= asked]
+    fitting = [size for size in sizes if not any(width % size for width in widths)]
+    if not fitting:
+        wide = " and ".join(str(width) for width in dict.fromkeys(widths))
+        return Slot("full", f"{_dtype(entry)}: no group size divides the head width {wide}", (growth,))
+    size, heads, item = fitting[0], entry.keys.shape[1], entry.keys.dtype.size
+    # Codes, then a scale and a bias for each group, in the dtype of the keys.
+    position = sum(heads * (width * bits // 8 + 2 * (width // size) * item) for width in widths)
+    reason = f"{bits} bit, group size {size}" + (
+        f", as {asked} does not divide the head width" if size != asked else ""
+    )
+    return Slot("quantized", reason, (Growth(position),), bits, size)
+
+
+def _keep_what_works(model: Any, traced: list[Any], slots: Sequence[Slot]) -> list[Slot]:
+    """Traces with quantized caches; where the model cannot use them, those layers stay float and say why."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    def fails(trial: Sequence[Slot]) -> bool:
+        # Whatever the family's code does with a tuple it did not expect: any exception means "does not work".
+        try:
+            trace(model, _build(make_prompt_cache(model), trial))
+        except Exception:
+            return True
+        return False
+
+    if not fails(slots):
+        return list(slots)
+    plain = [_decide(entry, None, None, 64) for entry in traced]
+
+    def works(chosen: Sequence[int]) -> bool:
+        return not fails([slots[i] if i in chosen else slot for i, slot in enumerate(plain)])
+
+    kept = list(plain)
+    asked = [i for i, slot in enumerate(slots) if slot.kind == "quantized"]
+    for kind in dict.fromkeys(slots[i] for i in asked):
+        alike = [i for i in asked if slots[i] == kind]
+        # Layers with equal caches nearly always have equal attention: one trace settles them, unless it
+        # fails.
+        fine = alike if works(alike) else [i for i in alike if works([i])]
+        for i in alike:
+            unable = replace(plain[i], reason=f"{plain[i].reason}: this attention cannot read it quantized")
+            kept[i] = slots[i] if i in fine else unable
+    if not fails(kept):
+        return kept
+    return [replace(slot, reason=f"{slot.reason}: the model cannot mix kinds") for slot in plain]
+
+
+def _build(fresh: list[Any], slots: Sequence[Slot]) -> list[Any]:
+    from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
+
+    cache = list(fresh)
+    for i, slot in enumerate(slots):
+        if slot.kind == "quantized":
+            cache[i] = QuantizedKVCache(group_size=slot.group_size, bits=slot.bits)
+        elif slot.kind == "rotating":
+            cache[i] = RotatingKVCache(max_size=slot.growths[0].window, keep=KEEP_TOKENS)
+    return cache
+
+
+def _dtype(entry: Any) -> str:
+    return str(entry.keys.dtype).removeprefix("mlx.core.")
