@@ -67,9 +67,9 @@ class Workspace:
         may exist and is replaced, but only by `publish`. Raises TargetError before the first byte is written.
         """
         path = Path(os.path.abspath(out))  # noqa: PTH100 - lexical on purpose: OUT need not exist
-        work = cls(path, shards, force)
         with writing(path):
             _check_out(path, Path(source) if source is not None else None, force)
+            work = cls(path, shards, force)
             if path.exists() and not force and not work.partial.exists():
                 raise _exists(path)
         work._take_lock()

@@ -1,0 +1,135 @@
+"""Run by test_publish.py in its own process: a small conversion that dies by SIGKILL where it is told to.
+
+    python kill_points.py FOLDER each|force|chain  ->  one JSON line
+
+The points are Python audit events (each open, mkdir, rename, remove, truncate, flock): the process kills
+itself just before its n-th. Forked, so that hundreds of deaths take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mlxquant.errors import TargetError
+from mlxquant.files.publish import Workspace
+from mlxquant.files.shards import INDEX, assign, index_json
+from mlxquant.tensors import TensorSpec
+
+GROUPS = [
+    [TensorSpec(f"{i}.weight", (40, 8), "U32"), TensorSpec(f"{i}.scales", (40, 2), "F16")] for i in range(4)
+]
+EVENTS = ("open", "os.", "shutil.", "fcntl.", "tempfile.")
+
+
+def convert(out: Path, force: bool = False) -> int:
+    """The executor in small. Returns how many groups it took over."""
+    shards = assign(GROUPS, 3500)
+    with Workspace.open(out, "digest", shards, force=force) as work:
+        for group in GROUPS:
+            name = group[0].name
+            if work.done(name):
+                continue
+            for start in (0, 10, 20, 30):
+                for spec in group:
+                    rows = np.full(
+                        (10, spec.width), start + int(name[0]), "<u4" if spec.dtype == "U32" else "<f2"
+                    )
+                    work.write(spec.name, rows)
+            work.finish(name, [spec.name for spec in group])
+        work.write_file(INDEX, index_json(shards))
+        work.write_file("config.json", b'{"made": "anew"}')
+        work.publish()
+        return work.resumed
+
+
+def die_at(point: int) -> None:
+    seen = 0
+
+    def hook(event: str, _: object) -> None:
+        nonlocal seen
+        if event.startswith(EVENTS):
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def run(out: Path, force: bool, point: int = 0) -> str:
+    """Converts in a child: 'killed', 'refused' (TargetError), or the number of groups it took over."""
+    child = os.fork()
+    if not child:
+        if point:
+            die_at(point)
+        try:
+            os._exit(convert(out, force))
+        except TargetError:
+            os._exit(100)
+        except BaseException as exc:
+            sys.excepthook(type(exc), exc, exc.__traceback__)
+            os._exit(101)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 101:
+        raise SystemExit("the child raised something else")
+    return {-signal.SIGKILL: "killed", 100: "refused"}.get(status, str(status))
+
+
+def folder(path: Path) -> dict[str, str]:
+    return {p.name: p.read_bytes().hex() for p in sorted(path.iterdir())} if path.exists() else {}
+
+
+def old(out: Path) -> None:
+    out.mkdir()
+    (out / "config.json").write_text('{"made": "before"}')
+
+
+def each(place: Path, force: bool) -> dict[str, object]:
+    """Killed once, at every point in turn; then run again."""
+    convert(place / "reference")
+    expected, before = folder(place / "reference"), {}
+    outcomes: dict[str, int] = {}
+    out, partial = place / "out", place / "out.partial"
+    for point in range(1, 1000):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if force:
+            old(out)
+            before = folder(out)
+        if run(out, force, point) != "killed":
+            return {"points": point - 1, "outcomes": outcomes}
+        found = folder(out)
+        if found not in (before, expected, {}):
+            raise SystemExit(f"point {point}: OUT is neither old nor new nor absent")
+        if force and not found and not (partial / "replaced").exists():
+            raise SystemExit(f"point {point}: the old OUT is lost")
+        again = run(out, force)
+        outcomes[again] = outcomes.get(again, 0) + 1
+        if folder(out) != expected or partial.exists() or (again == "refused" and found != expected):
+            raise SystemExit(f"point {point}: run again: {again}, partial {partial.exists()}")
+    raise SystemExit("more points than expected")
+
+
+def chain(place: Path) -> dict[str, object]:
+    """Killed again and again at random points of one conversion, until it comes through."""
+    convert(place / "reference")
+    rng, kills = random.Random(7), 0
+    for attempt in range(8):
+        out = place / f"out{attempt}"
+        while run(out, False, rng.randrange(5, 45)) == "killed":
+            kills += 1
+        if run(out, False) != "refused" or folder(out) != folder(place / "reference"):
+            raise SystemExit(f"attempt {attempt}: OUT differs")
+    return {"kills": kills}
+
+
+if __name__ == "__main__":
+    where, how = Path(sys.argv[1]), sys.argv[2]
+    print(json.dumps(chain(where) if how == "chain" else each(where, how == "force")))
