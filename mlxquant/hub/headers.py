@@ -68,7 +68,7 @@ def _merge(
 
 def _specs(listing: Listing, file: RemoteFile) -> dict[str, TensorSpec]:
     where = f"{listing.repo_id}/{file.name}"
-    start = _read(listing, file, 0, min(_FIRST_BYTES, file.nbytes))
+    start = read_range(listing, file, 0, min(_FIRST_BYTES, file.nbytes))
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > min(HEADER_LIMIT_BYTES, file.nbytes - 8):
         raise SourceError(
@@ -77,7 +77,7 @@ def _specs(listing: Listing, file: RemoteFile) -> dict[str, TensorSpec]:
         )
     head = start[8 : 8 + length]
     if len(head) < length:
-        head += _read(listing, file, len(start), 8 + length)
+        head += read_range(listing, file, len(start), 8 + length)
     return parse_header(head, file.nbytes - 8 - length, where)
 
 
@@ -125,7 +125,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**60
 
 
-def _read(listing: Listing, file: RemoteFile, start: int, stop: int) -> bytes:
+def read_range(listing: Listing, file: RemoteFile, start: int, stop: int) -> bytes:
     """Bytes start..stop of the cached file, else by a range request. Raises HubError when fewer come."""
     if path := listing.path(file.name):
         with path.open("rb") as cached:
