@@ -41,12 +41,13 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     optional_bias: bool = False
+    own_head_dim: bool = True  # heads may be wider or narrower than hidden_size / heads
 
 
 FAMILIES = {
     # Llama 1 to 3.x, Mistral, SmolLM2, TinyLlama and everything else that llama.cpp converts to "llama".
     "llama": Family("llama", "LlamaForCausalLM", permuted=True, optional_bias=True),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, own_head_dim=False),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
 }
 
@@ -98,38 +99,24 @@ def hf_config(
     SourceError for a missing or ill-typed key."""
     meta = Metadata(metadata)
     family, arch = _family(meta)
-    if meta.integer(f"{arch}.expert_count", 0):
-        raise UnsupportedError(
-            f"GGUF architecture {arch!r} with {arch}.expert_count > 0 (mixture of experts) is not supported",
-            hint="give the model's Hugging Face folder instead",
-        )
-    heads = meta.each_layer(f"{arch}.attention.head_count")
-    hidden = meta.integer(f"{arch}.embedding_length", least=1)
-    config: dict[str, Any] = {
+    config = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
+        **_sizes(meta, arch),
         "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": meta.each_layer(f"{arch}.feed_forward_length"),
-        "num_hidden_layers": meta.integer(f"{arch}.block_count", least=1),
-        "num_attention_heads": heads,
-        "num_key_value_heads": meta.each_layer(f"{arch}.attention.head_count_kv", heads),
-        "head_dim": _head_dim(meta, arch, hidden, heads),
-        "max_position_embeddings": meta.integer(f"{arch}.context_length", least=1),
         "rms_norm_eps": meta.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_theta": meta.number(f"{arch}.rope.freq_base", 10000.0),
         "vocab_size": _shape(shapes, "token_embd.weight")[0],
         "tie_word_embeddings": "output.weight" not in shapes,
     }
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        raise SourceError(
-            f"GGUF: {heads} attention heads are no multiple of {config['num_key_value_heads']} key heads"
-        )
+    if scaling := rope_scaling(meta, arch, config, _frequencies(shapes, rope_freqs)):
+        config["rope_scaling"] = scaling
     if family.optional_bias:
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if scaling := rope_scaling(meta, arch, config, _frequencies(shapes, rope_freqs)):
-        config["rope_scaling"] = scaling
+    if not family.own_head_dim:  # the Hugging Face config has no such entry
+        _check_head_dim(family, config)
+        del config["head_dim"]
     return config | token_ids(meta)
 
 
@@ -140,9 +127,8 @@ def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict
     for one that is missing or whose shape is not what the key-value pairs say."""
     meta = Metadata(metadata)
     family, arch = _family(meta)
-    heads = meta.each_layer(f"{arch}.attention.head_count")
-    kv_heads = meta.each_layer(f"{arch}.attention.head_count_kv", heads)
-    dims = _dimensions(meta, arch, heads, kv_heads, shapes)
+    _, heads, kv_heads = _heads(meta, arch)
+    dims = _dimensions(meta, arch, shapes)
     found: dict[str, Origin] = {}
     for name, (hf_name, letters) in _names(meta, family, arch, shapes):
         expected, shape = tuple(dims[letter] for letter in letters), _shape(shapes, name)
@@ -202,6 +188,42 @@ def _family(meta: Metadata) -> tuple[Family, str]:
     return FAMILIES[arch], arch
 
 
+def _sizes(meta: Metadata, arch: str) -> dict[str, Any]:
+    if meta.integer(f"{arch}.expert_count", 0):
+        raise UnsupportedError(
+            f"GGUF architecture {arch!r} with {arch}.expert_count > 0 (mixture of experts) is not supported",
+            hint="give the model's Hugging Face folder instead",
+        )
+    hidden, heads, kv_heads = _heads(meta, arch)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": meta.each_layer(f"{arch}.feed_forward_length"),
+        "num_hidden_layers": meta.integer(f"{arch}.block_count", least=1),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": _head_dim(meta, arch, hidden, heads),
+        "max_position_embeddings": meta.integer(f"{arch}.context_length", least=1),
+    }
+
+
+def _heads(meta: Metadata, arch: str) -> tuple[int, int, int]:
+    """(hidden size, heads, key heads)."""
+    heads = meta.each_layer(f"{arch}.attention.head_count")
+    kv_heads = meta.each_layer(f"{arch}.attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise SourceError(f"GGUF: {heads} attention heads are no multiple of {kv_heads} key heads")
+    return meta.integer(f"{arch}.embedding_length", least=1), heads, kv_heads
+
+
+def _check_head_dim(family: Family, config: Mapping[str, Any]) -> None:
+    heads, head_dim, hidden = (config[k] for k in ("num_attention_heads", "head_dim", "hidden_size"))
+    if heads * head_dim != hidden:
+        raise UnsupportedError(
+            f"GGUF: {heads} heads of {head_dim} in a {family.class_name} of {hidden} are not supported",
+            hint="give the model's Hugging Face folder instead",
+        )
+
+
 def _head_dim(meta: Metadata, arch: str, hidden: int, heads: int) -> int:
     head_dim = meta.integer(f"{arch}.attention.key_length", hidden // heads, least=1)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -215,10 +237,8 @@ def _head_dim(meta: Metadata, arch: str, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _dimensions(
-    meta: Metadata, arch: str, heads: int, kv_heads: int, shapes: Mapping[str, Shape]
-) -> dict[str, int]:
-    hidden = meta.integer(f"{arch}.embedding_length", least=1)
+def _dimensions(meta: Metadata, arch: str, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    hidden, heads, kv_heads = _heads(meta, arch)
     head_dim = _head_dim(meta, arch, hidden, heads)
     return {
         "V": _shape(shapes, "token_embd.weight")[0],

@@ -85,7 +85,11 @@ class Vocabulary:
         return None if i is None else self.tokens[i]
 
     def special(self, i: int) -> bool:
-        return self.kinds[i] in (Kind.CONTROL, Kind.UNKNOWN) or i in (self.bos, self.eos)
+        return self.kinds[i] in (Kind.CONTROL, Kind.UNKNOWN)
+
+    def added(self, i: int) -> bool:
+        """Whether the token is looked for in raw text, before any merge."""
+        return self.special(i) or self.kinds[i] == Kind.USER_DEFINED
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -206,10 +210,10 @@ def _add_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:
     from tokenizers import AddedToken
 
     for i, token in enumerate(vocabulary.tokens):
-        if vocabulary.special(i):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif vocabulary.kinds[i] == Kind.USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+        if vocabulary.added(i):
+            special = vocabulary.special(i)
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
+            add([AddedToken(token, special=special, normalized=False)])
 
 
 def _around(tokenizer: Any, vocabulary: Vocabulary, add_bos: bool, add_eos: bool) -> None:
@@ -238,11 +242,14 @@ def _around(tokenizer: Any, vocabulary: Vocabulary, add_bos: bool, add_eos: bool
 
 
 def _config(meta: Metadata, vocabulary: Vocabulary, add_bos: bool, add_eos: bool) -> dict[str, Any]:
-    named = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos}
-    # transformers would make a special token of whatever is named here: some files pad with "!".
-    for name, i in (("pad_token", vocabulary.pad), ("unk_token", vocabulary.unknown)):
-        if i is not None and vocabulary.special(i):
-            named[name] = i
+    named = {
+        "bos_token": vocabulary.bos,
+        "eos_token": vocabulary.eos,
+        "pad_token": vocabulary.pad,
+        "unk_token": vocabulary.unknown,
+    }
+    # transformers makes a special token of whatever is named here, and some files pad with "!".
+    named = {name: i for name, i in named.items() if i is not None and vocabulary.added(i)}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: vocabulary.text(i) for name, i in named.items()},
