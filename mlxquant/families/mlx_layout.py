@@ -16,9 +16,10 @@ from typing import Any
 from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS
 from mlxquant.families.layout import Change, Layout, Piece, Target
+from mlxquant.families.mlx_config import text_config
 from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags
 from mlxquant.families.mlx_quant import mlx_lm_codec
-from mlxquant.families.shape import ModelShape, text_config
+from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import TensorSpec
 
 __all__ = ["layout", "mlx_lm_codec"]
@@ -39,6 +40,7 @@ def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout
     shape = ModelShape.from_config(config)
     sources = {_canonical(shape.module, name): spec for name, spec in specs.items()}
     build = _Build(shape, FAMILIES[shape.module], dimensions(shape), sources)
+    build.shifted = not any(".experts.0." in name for name in sources)
     build.flags = model_flags(text_config(config), shape) | _head(config, shape, sources)
     for row, name, source in _expected(build):
         if (target := build.target(row, name, source)) is not None:
@@ -84,12 +86,16 @@ def _head(config: Mapping[str, Any], shape: ModelShape, sources: Mapping[str, Te
 
 @dataclass
 class _Build:
-    """What one call of layout() collects on its way."""
+    """What one call of layout() knows and collects.
+
+    `shifted`: an MLX folder, whose norms are 1 + w already; like mlx-lm we tell it by its stacked experts.
+    """
 
     shape: ModelShape
     family: Family
     dims: Mapping[str, int]
     sources: Mapping[str, TensorSpec]
+    shifted: bool = False
     flags: set[str] = field(default_factory=set)
     targets: list[Target] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -139,12 +145,6 @@ class _Build:
             cast=row.cast,
         )
 
-    @property
-    def shifted(self) -> bool:
-        """An MLX folder has its norms as 1 + w already; like mlx-lm we tell it by its experts, which it has
-        stacked."""
-        return not any(".experts.0." in name for name in self.sources)
-
     def size(self, word: str) -> int:
         """'2f' -> 2 * f; '1' -> 1."""
         digits, key = re.fullmatch(r"(\d*)(\w*)", word).groups()  # type: ignore[union-attr]
@@ -169,6 +169,7 @@ class _Build:
     def check_missing(self) -> None:
         if self.missing:
             count = f"{len(self.missing)} tensors are" if len(self.missing) > 1 else "a tensor is"
+            count = f"at least {count}" if len(self.missing) >= _ENOUGH else count
             raise SourceError(
                 f"{count} missing that config.json asks for: {_some(self.missing)}",
                 hint="is a shard missing, or does config.json belong to another model?",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import BASE, FACTS, KNOWN_TYPES, REMAPPING
+from mlxquant.families.mlx_config import text_config
 
 Mixer = Literal["full", "sliding", "linear", "ssm", "none"]
 Ffn = Literal["dense", "moe", "none"]
@@ -112,42 +113,6 @@ class ModelShape:
             **_latents(reader),
             **_recurrent(reader),
         )
-
-
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """text_config merged over the root, and rope settings of transformers 5 where stock mlx-lm looks for
-    them.
-
-    transformers >= 5 writes rope_parameters = {rope_theta, rope_type, ...}, which most mlx-lm families do not
-    read: a llama would run with rope_theta 10000 without a word. Explicit flat keys win.
-    """
-    inner = config.get("text_config")
-    if inner is not None and not isinstance(inner, Mapping):
-        raise SourceError(f"config.json: text_config is {inner!r}, expected an object")
-    merged = {**config, **(inner or {})}
-    if isinstance(config.get("model_type"), str):
-        merged["model_type"] = config["model_type"]
-    if config.get("model_type") == "gemma3" and "vocab_size" in config:
-        merged["vocab_size"] = config["vocab_size"]  # mlx-lm's gemma3 looks at the root first
-    return _flat_rope(merged.get("rope_parameters")) | merged
-
-
-def _flat_rope(rope: Any) -> dict[str, Any]:
-    """The flat keys that stand for rope_parameters; nothing when it is absent or of a kind we do not know."""
-    if not isinstance(rope, Mapping):
-        return {}
-    if isinstance(full := rope.get("full_attention"), Mapping):  # gemma3: one set for each kind of layer
-        local = rope.get("sliding_attention")
-        extra = (
-            {"rope_local_base_freq": local["rope_theta"]}
-            if isinstance(local, Mapping) and "rope_theta" in local
-            else {}
-        )
-        return _flat_rope({k: v for k, v in full.items() if k != "full_attention"}) | extra
-    flat = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
-    if rope.get("rope_type", "default") != "default":
-        flat["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return flat
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS, KNOWN_TYPES, REMAPPING
-from mlxquant.families.shape import ModelShape, text_config
+from mlxquant.families.shape import ModelShape
 from tests import tiny
 from tests.families import checkpoints
 
@@ -150,25 +150,3 @@ def test_an_unknown_family_lists_the_known_ones():
     with pytest.raises(UnsupportedError, match="'bert'") as caught:
         ModelShape.from_config(llama(model_type="bert"))
     assert all(known in caught.value.hint for known in KNOWN_TYPES)
-
-
-def test_rope_settings_of_transformers_5_are_lifted_to_where_stock_mlx_lm_reads_them():
-    config = llama(rope_parameters={"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0})
-    del config["rope_theta"]
-    flat = text_config(config)
-    assert flat["rope_theta"] == 500000.0
-    assert flat["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    assert "rope_scaling" not in text_config(
-        llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"})
-    )
-    assert text_config(llama(rope_parameters={"rope_theta": 1.0}))["rope_theta"] == 10000.0
-
-
-def test_rope_settings_by_kind_of_layer():
-    both = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
-            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
-    config = llama(rope_parameters=both)
-    del config["rope_theta"]
-    flat = text_config(config)
-    assert (flat["rope_theta"], flat["rope_local_base_freq"]) == (1e6, 1e4)
-    assert flat["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
