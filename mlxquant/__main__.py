@@ -1,4 +1,4 @@
-from mlxquant.cli import main
+from mlxquant.cli.main import main
 
 if __name__ == "__main__":
     main()

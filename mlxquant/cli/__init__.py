@@ -1,5 +1,1 @@
 """The command line: one short file per command, loaded when it is called, so that `--help` costs nothing."""
-
-from mlxquant.cli.main import main
-
-__all__ = ["main"]

@@ -14,6 +14,7 @@ from mlxquant.units import format_bytes
 if TYPE_CHECKING:
     from mlxquant.measure.speed import Row
     from mlxquant.run.model import LoadedModel
+    from mlxquant.run.ready import Ready
 
 
 def numbers(text: str, option: str, least: int) -> list[int]:
@@ -36,7 +37,13 @@ def numbers(text: str, option: str, least: int) -> list[int]:
 @click.option("--prefill-step", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per prefill chunk.")
 @click.option("--max-kv-size", type=int, help="Rotating cache of that many positions.")
 @click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the KV cache where a layer can.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
 @click.option(
     "--expand",
     type=click.Choice(["auto", "on", "off"]),
@@ -73,10 +80,9 @@ def command(
     from mlxquant.cli.resolve import resolve
     from mlxquant.measure.speed import bench, cases
     from mlxquant.measure.traffic import bandwidth_bytes_per_s, bytes_per_token
-    from mlxquant.run.budget import check_fits
-    from mlxquant.run.cache import plan_cache
     from mlxquant.run.device import prepare
-    from mlxquant.run.model import load_model
+    from mlxquant.run.ready import CacheOptions, make_ready
+    from mlxquant.run.text import Text
 
     path = resolve(model, revision)
     wanted = cases(
@@ -84,12 +90,17 @@ def command(
     )
     stock = stock_rows(path, wanted, repeats) if against else []
     where = prepare(device, wired=wired)
-    loaded = load_model(path, expand=expand, lazy=True)
-    plan = plan_cache(loaded.model, max_kv_size=max_kv_size, kv_bits=int(kv_bits) if kv_bits else None)
-    longest = max(c.depth_tokens + c.prompt_tokens + c.generated_tokens for c in wanted)
-    if not force:
-        check_fits(loaded, plan, longest, where, prefill_step=prefill_step)
-    loaded.materialize()
+    ready = make_ready(
+        path,
+        where,
+        Text.load(path),
+        expand=expand,
+        context_tokens=max(c.depth_tokens + c.prompt_tokens + c.generated_tokens for c in wanted),
+        options=CacheOptions(max_kv_size, int(kv_bits) if kv_bits else None),
+        prefill_step=prefill_step,
+        force=force,
+    )
+    loaded, plan = ready.loaded, ready.plan
     bandwidth, bandwidth_source = bandwidth_bytes_per_s(where.machine)
     per_token = bytes_per_token(loaded.model, loaded.config)
     vocabulary = loaded.config.get("vocab_size") or loaded.config["text_config"]["vocab_size"]
@@ -100,7 +111,7 @@ def command(
         for row in rows
     ]  # fmt: skip
     if not as_json:
-        draw(path, loaded, rows, share, stock, f"{format_bytes(bandwidth)}/s {bandwidth_source}")
+        draw(path, ready, rows, share, stock, f"{format_bytes(bandwidth)}/s {bandwidth_source}")
     click.echo(json.dumps(result(path, loaded, where, rows, share, stock, bandwidth)))
 
 
@@ -114,18 +125,18 @@ def stock_rows(path: Path, wanted: Any, repeats: int) -> list[Row]:
 
 
 def draw(
-    path: Path, loaded: LoadedModel, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str
+    path: Path, ready: Ready, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, loaded = Console(), ready.loaded
     console.print(f"{path.name}: {loaded.quantization}, {format_bytes(loaded.weight_bytes)} in memory", highlight=False)
-    for note in loaded.notes:
+    for note in ready.notes:
         console.print(f"  note: {note}", highlight=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("", "depth", "prompt", "generated", "first token", "prefill tok/s", "decode tok/s", "peak", "of limit"):
-        table.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "depth", "prompt", "gen", "first", "prefill tok/s", "decode tok/s", "peak", "limit"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for i, row in enumerate(rows):
         table.add_row(*cells("mlxquant", row), f"{share[i]:.0%}")
         if stock:
@@ -133,16 +144,16 @@ def draw(
             ratios = [row.mean(f) / stock[i].mean(f) for f in ("prefill_tok_s", "decode_tok_s")]
             table.add_row("ratio", "", "", "", "", *(f"{r:.2f}x" for r in ratios), "", "", style="bold")
     console.print(table)
-    console.print(f"limit: the weights and cache one token reads, at {bandwidth}", highlight=False)
+    console.print(f"limit: share of {bandwidth}", highlight=False)
 
 
 def cells(name: str, row: Row) -> list[str]:
     def spread(field: str) -> str:
-        return f"{row.mean(field):,.1f} ± {row.deviation(field):.1f}"
+        return f"{row.mean(field):,.3g} ± {row.deviation(field):.2g}"
 
     case = row.case
     counts = [f"{n:,}" for n in (case.depth_tokens, case.prompt_tokens, case.generated_tokens)]
-    first = f"{row.mean('ttft_s'):.3f} s"
+    first = f"{row.mean('ttft_s'):.2f} s"
     return [name, *counts, first, spread("prefill_tok_s"), spread("decode_tok_s"), format_bytes(row.peak_bytes)]
 
 

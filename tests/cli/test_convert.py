@@ -98,7 +98,7 @@ def test_dry_run_lists_every_tensor_and_writes_nothing(source, tmp_path):
 def test_dry_run_loads_nothing_heavy(source):
     code = (
         "import sys; sys.argv = ['mlxquant', 'convert', sys.argv[1], '--dry-run', '--json']\n"
-        "from mlxquant.cli import main; main()\n"
+        "from mlxquant.cli.main import main; main()\n"
         "heavy = [m for m in ('mlx', 'mlx_lm', 'transformers', 'tokenizers', 'numba') if m in sys.modules]\n"
         "print(heavy, file=sys.stderr)"
     )
@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up(source, tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "sys.argv = ['mlxquant', 'convert', sys.argv[1], '-o', sys.argv[2]]\n"
-        "from mlxquant.cli import main; main()"
+        "from mlxquant.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(source), str(tmp_path / "out")], capture_output=True, text=True, check=False
