@@ -7,6 +7,7 @@ generation_config.json, the tokenizer's eos_token, and the end-of-turn tokens th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,11 +113,8 @@ def _lookup(
     return {
         int(i)
         for i, t in pairs
-        if isinstance(i, str)
-        and i.isascii()
-        and i.isdigit()
-        and isinstance(t, Mapping)
-        and t.get("content") == token
+        if isinstance(i, str) and re.fullmatch(r"[0-9]{1,9}", i)
+        if isinstance(t, Mapping) and t.get("content") == token
     }
 
 
