@@ -24,9 +24,7 @@ from mlxquant.codecs.floats import Array, NonFiniteError, widen
 from mlxquant.tensors import DTYPES
 
 
-def encode_affine(
-    raw_OI: Array, source_code: str, dtype_code: str, bits: int, group_size: int
-) -> tuple[Array, ...]:
+def encode_affine(raw_OI: Array, source_code: str, dtype_code: str, bits: int, group_size: int) -> tuple[Array, ...]:
     """Raw rows (O, I) -> codes (O, I * bits / 32) uint32, raw scales and biases (O, I / group_size).
 
     Raises NonFiniteError for NaN, infinity, or a group whose range no float32 holds (MLX stores an infinite
@@ -50,9 +48,7 @@ def encode_affine(
     return codes, scales, biases
 
 
-def decode_affine(
-    codes: Array, scales: Array, biases: Array, dtype_code: str, bits: int, group_size: int
-) -> Array:
+def decode_affine(codes: Array, scales: Array, biases: Array, dtype_code: str, bits: int, group_size: int) -> Array:
     """The float32 rows (O, I) that the stored arrays stand for: code * scale, rounded, + bias, rounded.
 
     Equal to mx.dequantize with scales and biases widened to float32. mx.dequantize of float16 or bfloat16

@@ -25,7 +25,7 @@ def error_bound(w_OI: Array, dtype_code: str, codec: Codec) -> Array:
              the far end (as much as a whole step, see affine.py). The rounding of the scale comes in up to n
              times, that of the bias not at all: it is itself one of the weights, or zero.
     mx       scale * half the widest gap between codes that the group reaches, or what lies beyond the
-             last code, plus the rounding of w / scale to the dtype. A group whose scale is zero promises its peak.
+             last code, plus the rounding of w / scale to the dtype. A group of scale 0 promises its peak.
     """
     if not codec.quantized:
         return np.zeros((len(w_OI), 1))

@@ -29,9 +29,7 @@ def encode(raw_OI: Array, source_code: str, dtype_code: str, codec: Codec) -> tu
     if not codec.quantized:
         return (cast(raw_OI, source_code, dtype_code),)
     if raw_OI.ndim != 2 or not codec.divides(raw_OI.shape[1]):
-        raise ValueError(
-            f"{codec.label} takes rows of whole groups of {codec.group_size}, not {raw_OI.shape}"
-        )
+        raise ValueError(f"{codec.label} takes rows of whole groups of {codec.group_size}, not {raw_OI.shape}")
     if dtype_code not in KINDS:
         raise ValueError(f"{dtype_code} is no dtype MLX quantizes from: expected one of {tuple(KINDS)}")
     if codec.mode == "affine":

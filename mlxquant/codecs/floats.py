@@ -46,7 +46,7 @@ def narrow(values_f32: Array, code: str) -> Array:
         return _to_bf16(values_f32)
     if code not in WEIGHT_CODES:
         raise ValueError(f"{code} is no float dtype of weights: expected one of {WEIGHT_CODES}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return values_f32.astype(DTYPES[code].numpy, copy=False)
 
 

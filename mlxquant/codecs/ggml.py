@@ -42,9 +42,7 @@ def decode_rows(raw: Array, type_name: str, width: int) -> Array:
     """
     elements, size = block(type_name)
     if raw.dtype != np.uint8 or raw.ndim != 2 or width % elements or raw.shape[1] != width // elements * size:
-        raise ValueError(
-            f"{width} columns of {type_name} take {width / elements * size:g} bytes, not {raw.shape}"
-        )
+        raise ValueError(f"{width} columns of {type_name} take {width / elements * size:g} bytes, not {raw.shape}")
     if not raw.size:
         return np.empty((len(raw), width), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -436,7 +436,7 @@ def e4m3_code(bits):
 
 @jit
 def e4m3_size(code):
-    """E4M3 code without sign -> float32: an F16 with another bias. MLX has no NaN: 0x7F is 480."""
+    """E4M3 code up to 0x7E, that is without sign and not NaN -> float32: an F16 with another bias."""
     return _single(half_to_single(np.uint32(np.uint32(code) << np.uint32(7)))) * np.float32(256.0)
 
 

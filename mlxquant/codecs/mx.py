@@ -24,9 +24,10 @@ from mlxquant.codecs.blocks import as_bits, as_bytes, each_block
 from mlxquant.codecs.floats import Array, NonFiniteError
 from mlxquant.codecs.spec import MX_MODES
 
-# E4M3 without NaN: bits of an F16 with a bias of 7 instead of 15, so 2**8 too small.
+# E4M3: the bits of an F16 with a bias of 7 instead of 15, so 2**8 too small; the last code is NaN.
 _HALVES = (np.arange(128, dtype=np.uint16) << np.uint16(7)).view(np.float16)
 _E4M3_SIZES = _HALVES.astype(np.float32) * np.float32(256)
+_E4M3_SIZES[127] = np.nan
 E4M3 = np.concatenate([_E4M3_SIZES, -_E4M3_SIZES])
 E2M1 = kernels.E2M1
 # 2**(byte - 127); 255 is no scale we write, and MLX reads it as infinity.
