@@ -88,10 +88,7 @@ def write_bpe(writer: gguf.GGUFWriter, folder: Path, pre: str) -> None:
     added = {t["id"]: t for t in tokenizer["added_tokens"]}
     ids = tokenizer["model"]["vocab"] | {t["content"]: i for i, t in added.items()}
     tokens = sorted(ids, key=lambda t: ids[t])
-    kinds = [
-        NORMAL if i not in added else CONTROL if added[i]["special"] else USER_DEFINED
-        for i in range(len(tokens))
-    ]
+    kinds = [NORMAL if i not in added else CONTROL if added[i]["special"] else USER_DEFINED for i in range(len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)

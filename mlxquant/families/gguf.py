@@ -106,7 +106,7 @@ def hf_config(
         "hidden_act": "silu",
         "rms_norm_eps": meta.number(f"{arch}.attention.layer_norm_rms_epsilon"),
         "rope_theta": meta.number(f"{arch}.rope.freq_base", 10000.0),
-        "vocab_size": _shape(shapes, "token_embd.weight")[0],
+        "vocab_size": _vocab_size(meta, shapes),
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     if scaling := rope_scaling(meta, arch, config, _frequencies(shapes, rope_freqs)):
@@ -133,9 +133,7 @@ def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict
     for name, (hf_name, letters) in _names(meta, family, arch, shapes):
         expected, shape = tuple(dims[letter] for letter in letters), _shape(shapes, name)
         if shape != expected:
-            raise SourceError(
-                f"GGUF tensor {name}: shape {shape}, expected {expected} by the file's own keys"
-            )
+            raise SourceError(f"GGUF tensor {name}: shape {shape}, expected {expected} by the file's own keys")
         rotary = re.search(r"\.attn_([qk])\.(?:weight|bias)$", name) if family.permuted else None
         if rotary:
             found[hf_name] = Origin(name, shape, "unpermute", heads if rotary[1] == "q" else kv_heads)
@@ -172,9 +170,7 @@ def _token_id(meta: Metadata, kind: str, vocab: int | None, default: int | None 
         return default
     found = meta.integer(key)
     if vocab is not None and found >= vocab:
-        raise SourceError(
-            f"GGUF key {key}: found {found}, expected less than the {vocab} tokens of the vocabulary"
-        )
+        raise SourceError(f"GGUF key {key}: found {found}, expected less than the {vocab} tokens of the vocabulary")
     return found
 
 
@@ -215,6 +211,13 @@ def _heads(meta: Metadata, arch: str) -> tuple[int, int, int]:
     return meta.integer(f"{arch}.embedding_length", least=1), heads, kv_heads
 
 
+def _vocab_size(meta: Metadata, shapes: Mapping[str, Shape]) -> int:
+    rows = _shape(shapes, "token_embd.weight")[0]
+    if "tokenizer.ggml.tokens" in meta and (tokens := len(meta.strings("tokenizer.ggml.tokens"))) > rows:
+        raise SourceError(f"GGUF tensor token_embd.weight: {rows} rows, expected one for each of {tokens} tokens")
+    return rows
+
+
 def _check_head_dim(family: Family, config: Mapping[str, Any]) -> None:
     heads, head_dim, hidden = (config[k] for k in ("num_attention_heads", "head_dim", "hidden_size"))
     if heads * head_dim != hidden:
@@ -250,9 +253,7 @@ def _dimensions(meta: Metadata, arch: str, shapes: Mapping[str, Shape]) -> dict[
     }
 
 
-def _names(
-    meta: Metadata, family: Family, arch: str, shapes: Mapping[str, Shape]
-) -> list[tuple[str, tuple[str, str]]]:
+def _names(meta: Metadata, family: Family, arch: str, shapes: Mapping[str, Shape]) -> list[tuple[str, tuple[str, str]]]:
     """(GGUF name, (Hugging Face name, dimension letters)) for every tensor this model must have."""
     block = dict(_BLOCK)
     if family.qk_norm:
@@ -271,9 +272,7 @@ def _names(
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
     if name not in shapes or not shapes[name]:
-        raise SourceError(
-            f"GGUF tensor {name} is missing", hint="the file is incomplete, or one part of a split model"
-        )
+        raise SourceError(f"GGUF tensor {name} is missing", hint="the file is incomplete, or one part of a split model")
     return tuple(shapes[name])
 
 

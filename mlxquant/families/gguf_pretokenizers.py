@@ -47,9 +47,7 @@ def _any(*alternatives: str) -> str:
 
 _GPT2 = _any(r"'s|'t|'re|'ve|'m|'ll|'d", r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+", _SPACES)
 _QWEN2 = _any(_CONTRACTION, _WORD, _DIGIT, _OTHER, _LINES)
-_QWEN35 = _any(
-    _CONTRACTION, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", _DIGIT, r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LINES
-)
+_QWEN35 = _any(_CONTRACTION, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", _DIGIT, r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*", _LINES)
 _LLAMA3 = _any(_CONTRACTION, _WORD, r"\p{N}{1,3}", _OTHER, _LINES)
 _JAIS2 = _any(_CONTRACTION, _WORD, r"\p{N}{1,3}", _OTHER, r"\s*[\r\n]+", _JAIS2_SPACES)
 _SEED = _any(_CONTRACTION, _WORD, _DIGIT, r" ?[^\s\p{L}\p{N}\r\n]+", _LINES)
@@ -76,8 +74,7 @@ _BY_PRE: tuple[tuple[Pre, str], ...] = (
     # The last three have an expression of their own in llama.cpp, which cuts in the same places.
     (
         Pre((_QWEN2,)),
-        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan solar-open grok-2 kormo "
-        "bailingmoe bailingmoe2 llada-moe",
+        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan solar-open grok-2 kormo bailingmoe bailingmoe2 llada-moe",
     ),
     (Pre((_QWEN35,)), "qwen35"),
     (Pre((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),

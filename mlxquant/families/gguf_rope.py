@@ -29,9 +29,7 @@ def rope_scaling(
 
     Raises UnsupportedError for a kind of scaling, or for factors, that no known parameters give.
     """
-    kind = meta.text(
-        f"{arch}.rope.scaling.type", "linear"
-    )  # llama.cpp's default; without a factor it does nothing
+    kind = meta.text(f"{arch}.rope.scaling.type", "linear")  # llama.cpp's default; without a factor it does nothing
     factor = meta.number(f"{arch}.rope.scaling.factor", meta.number(f"{arch}.rope.scale_linear", 1.0)) or 1.0
     if factors is not None and any(f != 1.0 for f in factors):
         if factor != 1.0:
@@ -90,16 +88,12 @@ def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[st
     )
 
 
-def llama3_factors(
-    theta: float, head_dim: int, factor: float, low: float, high: float, original: int
-) -> list[float]:
+def llama3_factors(theta: float, head_dim: int, factor: float, low: float, high: float, original: int) -> list[float]:
     """By what each of the head_dim / 2 wavelengths is stretched (Llama 3.1's apply_scaling): 1 for short
     ones, `factor` for long ones, and in between a blend of the two frequencies."""
     stretched = []
     for i in range(0, head_dim, 2):
-        turns = original / (
-            2 * math.pi * theta ** (i / head_dim)
-        )  # of this frequency in the original context
+        turns = original / (2 * math.pi * theta ** (i / head_dim))  # of this frequency in the original context
         blend = min(max((turns - low) / (high - low), 0.0), 1.0)
         stretched.append(1 / ((1 - blend) / factor + blend))
     return stretched

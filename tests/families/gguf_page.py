@@ -28,6 +28,4 @@ PAGE = (
     "'s 's' ''s d't 've'll !letter .Word \nnewline ?\n\n!\r\r?\n \n\n  \n\t\n   z"
 )
 # Control tokens inside text, as a chat template puts them there.
-CHAT = (
-    "<|im_start|>user\nWhat's 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|><|endoftext|>  <|im_start|> x"
-)
+CHAT = "<|im_start|>user\nWhat's 2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|><|endoftext|>  <|im_start|> x"

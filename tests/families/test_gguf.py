@@ -114,14 +114,10 @@ def test_biases_of_a_llama_are_permuted_too(tmp_path: Path) -> None:
     """gguf's own name map and llama.cpp's order on biases, which a Llama has when attention_bias is true."""
     folder = tiny.make(tmp_path / "hf", "llama", width=64, layers=1)
     metadata, shapes, _ = read_gguf(write_gguf(folder, tmp_path / "a.gguf"))
-    shapes |= {
-        f"blk.0.attn_{part}.bias": (n,) for part, n in (("q", 128), ("k", 64), ("v", 64), ("output", 64))
-    }
+    shapes |= {f"blk.0.attn_{part}.bias": (n,) for part, n in (("q", 128), ("k", 64), ("v", 64), ("output", 64))}
     assert hf_config(metadata, shapes)["attention_bias"] is True
     origins = hf_tensors(metadata, shapes)
-    assert origins["model.layers.0.self_attn.k_proj.bias"] == Origin(
-        "blk.0.attn_k.bias", (64,), "unpermute", 2
-    )
+    assert origins["model.layers.0.self_attn.k_proj.bias"] == Origin("blk.0.attn_k.bias", (64,), "unpermute", 2)
     assert origins["model.layers.0.self_attn.v_proj.bias"] == Origin("blk.0.attn_v.bias", (64,))
     assert origins["model.layers.0.self_attn.o_proj.bias"] == Origin("blk.0.attn_output.bias", (64,))
     del shapes["blk.0.attn_output.bias"]
@@ -260,6 +256,8 @@ def test_a_tensor_too_many_too_few_or_too_large_is_named(tmp_path: Path) -> None
         hf_tensors(metadata, shapes | {"blk.1.ffn_up.weight": (128, 65)})
     with pytest.raises(SourceError, match=r"blk\.1\.ffn_up\.weight is missing"):
         hf_tensors(metadata, {k: v for k, v in shapes.items() if k != "blk.1.ffn_up.weight"})
+    with pytest.raises(SourceError, match=r"token_embd\.weight: 511 rows, expected one for each of 512 tokens"):
+        hf_config(metadata, shapes | {"token_embd.weight": (511, 64)})
     with pytest.raises(SourceError, match=r"token_embd\.weight is missing"):
         hf_config(metadata, {})
     with pytest.raises(SourceError, match=r"is missing"):

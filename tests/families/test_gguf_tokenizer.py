@@ -24,7 +24,6 @@ from tests.gguf_files import (
     UNUSED,
     USER_DEFINED,
     LlamaCpp,
-    read_gguf,
     write_gguf,
     write_vocabulary,
 )
@@ -47,7 +46,7 @@ TEXTS = [
 
 
 def rebuilt(file: Path) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_files(read_gguf(file)[0])["tokenizer.json"].decode())
+    return Tokenizer.from_str(tokenizer_files(GGUFFile(file).metadata)["tokenizer.json"].decode())
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
@@ -82,12 +81,7 @@ def spm() -> dict[str, Any]:
     tokens = [*special, *(f"<0x{b:02X}>" for b in range(256)), *merged, *letters, *author, "<unused0>"]
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * (len(merged) + len(letters))
     kinds += [USER_DEFINED] * len(author) + [UNUSED]
-    scores = (
-        [0.0] * 259
-        + [-float(i) for i in range(len(merged) + len(letters))]
-        + [-1000.0] * len(author)
-        + [-10000.0]
-    )
+    scores = [0.0] * 259 + [-float(i) for i in range(len(merged) + len(letters))] + [-1000.0] * len(author) + [-10000.0]
     return {
         "tokens": tokens,
         "tokenizer__ggml__model": "llama",
@@ -105,9 +99,7 @@ def assert_same_ids(file: Path, texts: list[str]) -> None:
             assert ours.encode(text).ids == oracle.tokenize(text), repr(text[:80])
 
 
-@pytest.mark.parametrize(
-    "keys", [{}, {"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__add_eos_token": True}]
-)
+@pytest.mark.parametrize("keys", [{}, {"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__add_eos_token": True}])
 @pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe"])
 def test_bpe(bpe_folder: Path, tmp_path: Path, pre: str, keys: dict[str, Any]) -> None:
     file = write_gguf(bpe_folder, tmp_path / "bpe.gguf", pre=pre, **keys)
@@ -139,9 +131,7 @@ def test_decoding_gives_the_text_back(bpe_folder: Path, spm: dict[str, Any], tmp
     ):
         tokenizer = rebuilt(file)
         for line in PAGE.split("\n"):
-            if (
-                "  " in line
-            ):  # a token of the author's in the SentencePiece file: llama.cpp adds a space behind it
+            if "  " in line:  # a token of the author's in the SentencePiece file: llama.cpp adds a space behind it
                 continue
             assert tokenizer.decode(tokenizer.encode(line).ids) == line
 
@@ -170,7 +160,7 @@ def test_transformers_agrees_with_llama_cpp(bpe_folder: Path, spm: dict[str, Any
 
 def test_the_files_say_what_the_keys_say(bpe_folder: Path, tmp_path: Path) -> None:
     keys = {"tokenizer__ggml__eot_token_id": 2, "tokenizer__chat_template__tool_use": "{{ tools }}"}
-    files = tokenizer_files(read_gguf(write_gguf(bpe_folder, tmp_path / "a.gguf", **keys))[0])
+    files = tokenizer_files(GGUFFile(write_gguf(bpe_folder, tmp_path / "a.gguf", **keys)).metadata)
     config = json.loads(files["tokenizer_config.json"])
     assert json.loads(files["generation_config.json"]) == {
         "bos_token_id": 0,
@@ -195,7 +185,7 @@ def test_the_files_say_what_the_keys_say(bpe_folder: Path, tmp_path: Path) -> No
 def test_a_padding_token_that_is_text_stays_text(bpe_folder: Path, tmp_path: Path) -> None:
     """Some files pad with '!'; transformers would cut every text at it."""
     file = write_gguf(bpe_folder, tmp_path / "a.gguf", tokenizer__ggml__padding_token_id=3)
-    assert "pad_token" not in json.loads(tokenizer_files(read_gguf(file)[0])["tokenizer_config.json"])
+    assert "pad_token" not in json.loads(tokenizer_files(GGUFFile(file).metadata)["tokenizer_config.json"])
     assert_same_ids(file, ["!!! hello! !"])
 
 
@@ -206,7 +196,7 @@ def test_an_end_token_with_the_wrong_type_is_still_found(bpe_folder: Path, tmp_p
 
 
 def keys_of(bpe_folder: Path, tmp_path: Path, **keys: Any) -> dict[str, Any]:
-    return read_gguf(write_gguf(bpe_folder, tmp_path / "a.gguf"))[0] | {
+    return GGUFFile(write_gguf(bpe_folder, tmp_path / "a.gguf")).metadata | {
         f"tokenizer.ggml.{key}": value for key, value in keys.items()
     }
 
