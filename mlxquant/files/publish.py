@@ -135,9 +135,7 @@ class Workspace:
     def __enter__(self) -> Workspace:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
     # -- beginning
@@ -146,9 +144,7 @@ class Workspace:
         with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             if self.partial.is_symlink():
-                raise TargetError(
-                    f"{self.partial}: is a link, expected a folder of our own", hint="remove it"
-                )
+                raise TargetError(f"{self.partial}: is a link, expected a folder of our own", hint="remove it")
             lock = self.partial / "lock"
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -198,9 +194,7 @@ class Workspace:
     def _check_head(self, found: dict[str, Any] | None, head: dict[str, Any], resume: bool | None) -> None:
         if found is None:
             if any(path.name not in ("lock", "journal", "scratch") for path in self.partial.iterdir()):
-                raise TargetError(
-                    f"{self.partial}: holds files but no journal", hint="remove it, or use --restart"
-                )
+                raise TargetError(f"{self.partial}: holds files but no journal", hint="remove it, or use --restart")
             if resume:
                 raise TargetError(f"{self.partial}: there is nothing to resume", hint="run without --resume")
         elif found != head:
@@ -274,9 +268,7 @@ def _check_out(out: Path, source: Path | None, force: bool) -> None:
         raise TargetError(f"{out}: is no folder to write a model into", hint="name a new folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         kind = "a link" if out.is_symlink() else "a file"
-        raise TargetError(
-            f"{out}: is {kind}, expected a folder that does not exist yet", hint="choose another name"
-        )
+        raise TargetError(f"{out}: is {kind}, expected a folder that does not exist yet", hint="choose another name")
     if source is not None and source.exists():
         _check_apart(out, source)
     if force and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():

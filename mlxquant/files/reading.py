@@ -22,6 +22,8 @@ from mlxquant.errors import SourceError
 from mlxquant.units import format_bytes
 
 JSON_LIMIT_BYTES = 32 * 2**20  # the largest config.json and shard indexes on the Hub are a few MB
+# Objects, lists and entries of one JSON text: 300,000 tensors. Python takes 100 bytes and more for each.
+JSON_LIMIT_PARTS = 2_000_000
 _ONE_READ_BYTES = 2**30  # macOS refuses a single read of 2 GiB or more
 
 
@@ -98,6 +100,9 @@ def read_json_object(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[st
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """`where` begins the message. Two entries of one name are refused: readers differ in which they take."""
+    parts = sum(map(text.count, (b"{", b"[", b",")))
+    if parts > JSON_LIMIT_PARTS:
+        raise SourceError(f"{where}: JSON of {parts} parts, expected at most {JSON_LIMIT_PARTS}")
     try:
         value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
     except RecursionError as exc:

@@ -8,6 +8,7 @@ it gives no offsets; so we read the header too, and with it say what is wrong in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -95,15 +96,14 @@ def parse_header(text: bytes, data_bytes: int, where: str) -> Header:
         raise SourceError(f"{where}: the header is no JSON object; not a safetensors file")
     entries = parse_json_object(text, f"{where}: header")
     metadata = _metadata(entries.pop("__metadata__", None), where)
-    spans = sorted((_span(name, entry, where) for name, entry in entries.items()), key=lambda s: (s[1], s[2]))
-    end, before = 0, "the header"
+    spans = sorted(_spans(entries, where), key=lambda span: span[1:])
+    end, before = 0, None
     for spec, first, last in spans:
         if first != end:
             fault = "overlaps" if first < end else "leaves a hole after"
-            raise SourceError(
-                f"{where}: tensor {shown(spec.name)} {fault} {before}: begins at byte {first}, expected {end}"
-            )
-        end, before = last, f"tensor {shown(spec.name)}"
+            fault += f" tensor {shown(before)}" if before is not None else " the header"
+            raise SourceError(f"{where}: tensor {shown(spec.name)} {fault}: begins at byte {first}, expected {end}")
+        end, before = last, spec.name
     if end > data_bytes:
         raise _cut(where, f"tensors take {end} bytes, the file holds {max(data_bytes, 0)}")
     if end < data_bytes:
@@ -120,33 +120,37 @@ def _metadata(value: object, where: str) -> dict[str, str]:
     return value
 
 
-def _span(name: str, entry: object, where: str) -> tuple[TensorSpec, int, int]:
-    """One entry of the header -> (spec, first byte, end byte) in the data section."""
-    what = f"{where}: tensor {shown(name)}"
+def _spans(entries: dict[str, Any], where: str) -> Iterator[tuple[TensorSpec, int, int]]:
+    for name, entry in entries.items():
+        try:
+            yield _span(name, entry)
+        except SourceError as exc:
+            raise type(exc)(f"{where}: tensor {shown(name)} {exc.message}", hint=exc.hint) from None
+
+
+def _span(name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    """One entry of the header -> (spec, first byte, end byte) in the data section.
+
+    Raises SourceError without the names, which `_spans` adds.
+    """
     if not isinstance(entry, dict):
-        raise SourceError(f"{what} is described by a {type(entry).__name__}, expected an object")
+        raise SourceError(f"is described by a {type(entry).__name__}, expected an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnsupportedError(f"{what} has dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise UnsupportedError(f"has dtype {shown(dtype)}, expected one of {', '.join(DTYPES)}")
     if not _is_shape(shape):
-        raise SourceError(
-            f"{what} has shape {shown(shape)}, expected a list of whole numbers from 0 to 2**32"
-        )
+        raise SourceError(f"has shape {shown(shape)}, expected a list of whole numbers from 0 to 2**32")
     if not isinstance(span, list) or len(span) != 2 or not all(_whole(n, 2**64) for n in span):
-        raise SourceError(f"{what} has data_offsets {shown(span)}, expected [first, end]")
+        raise SourceError(f"has data_offsets {shown(span)}, expected [first, end]")
     first, end = span
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - first != needed:
-        raise SourceError(f"{what} has {end - first} bytes, but {dtype} {shown(shape)} takes {shown(needed)}")
+        raise SourceError(f"has {end - first} bytes, but {dtype} {shown(shape)} takes {shown(needed)}")
     return TensorSpec(name, tuple(shape), dtype), first, end
 
 
 def _is_shape(value: object) -> TypeGuard[list[int]]:
-    return (
-        isinstance(value, list)
-        and len(value) <= RANK_LIMIT
-        and all(_whole(n, DIMENSION_LIMIT) for n in value)
-    )
+    return isinstance(value, list) and len(value) <= RANK_LIMIT and all(_whole(n, DIMENSION_LIMIT) for n in value)
 
 
 def _whole(value: object, limit: int) -> bool:

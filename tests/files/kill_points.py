@@ -23,9 +23,7 @@ from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, assign, index_json
 from mlxquant.tensors import TensorSpec
 
-GROUPS = [
-    [TensorSpec(f"{i}.weight", (40, 8), "U32"), TensorSpec(f"{i}.scales", (40, 2), "F16")] for i in range(4)
-]
+GROUPS = [[TensorSpec(f"{i}.weight", (40, 8), "U32"), TensorSpec(f"{i}.scales", (40, 2), "F16")] for i in range(4)]
 EVENTS = ("open", "os.", "shutil.", "fcntl.", "tempfile.")
 
 
@@ -39,9 +37,7 @@ def convert(out: Path, force: bool = False) -> int:
                 continue
             for start in (0, 10, 20, 30):
                 for spec in group:
-                    rows = np.full(
-                        (10, spec.width), start + int(name[0]), "<u4" if spec.dtype == "U32" else "<f2"
-                    )
+                    rows = np.full((10, spec.width), start + int(name[0]), "<u4" if spec.dtype == "U32" else "<f2")
                     work.write(spec.name, rows)
             work.finish(name, [spec.name for spec in group])
         work.write_file(INDEX, index_json(shards))

@@ -72,9 +72,7 @@ def test_an_exception_keeps_what_is_finished(tmp_path):
 @pytest.mark.parametrize("how", ["each", "force", "chain"])
 def test_killed_anywhere_and_run_again(tmp_path, how):
     script = Path(__file__).with_name("kill_points.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, how], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, script, tmp_path, how], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     if how == "chain":

@@ -108,6 +108,7 @@ HOSTILE = {
     "not UTF-8": (raw(b'{"\xff\xfe":1}'), "not valid JSON"),
     "a list": (raw(b"[1]"), "no JSON object"),
     "deep nesting": (raw(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested too deeply"),
+    "a million empty objects": (raw(b'{"x":[' + b"{}," * 1_000_000 + b"0]}"), "parts, expected at most"),
     "a number of 5000 digits": (raw(b'{"x":' + b"9" * 5000 + b"}"), "not valid JSON"),
     "entry is a number": (raw({"x": 3}), "described by a int"),
     "entry lacks the shape": (raw({"x": {"dtype": "F32", "data_offsets": [0, 8]}}, F8), "shape None"),

@@ -226,9 +226,7 @@ except TargetError as error:
 
 def test_a_file_longer_than_the_system_allows(tmp_path):
     """What FAT disks say for 4 GB, said by a limit of 4096 bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"{tmp_path}/model.safetensors: cannot be written: ")
     assert "no file this long" in done.stdout
 
