@@ -92,6 +92,12 @@ class Tiny:
             self.t[f"{p}conv1d.bias"] = weight(self.rng, channels)
         self.t[f"{p}A_log"], self.t[f"{p}dt_bias"] = weight(self.rng, heads), weight(self.rng, heads)
 
+    def around_zero(self):
+        """Norms as gemma and qwen3_next keep them: w - 1. The gated norm of a delta net is not one of them."""
+        for name, value in self.t.items():
+            if name.endswith("norm.weight") and ".linear_attn." not in name:
+                self.t[name] = value - 1
+
     def done(self, **config):
         """(config, tensors); a config value of None takes the key out."""
         merged = self.config | config
@@ -118,6 +124,8 @@ def dense(model_type, architecture, *, bias=False, qk_norm="", norms=PRE, at="",
                 m.norms(f"{p}self_attn.", "k_norm", size=KV * HEAD_DIM if wide else HEAD_DIM)
             m.mlp(f"{p}mlp.")
             m.norms(p, *norms)
+        if model_type.startswith("gemma"):
+            m.around_zero()
         return m.done(**({"head_dim": None} if derived else {}) | config)
 
     return build
@@ -347,6 +355,7 @@ def qwen3_next(rng, width, layers, tied):
         m.experts(f"{p}mlp.", 64)
         m.mlp(f"{p}mlp.shared_expert.", 64)
         m.linear(f"{p}mlp.shared_expert_gate", 1, width)
+    m.around_zero()
     m.t["mtp.fc.weight"] = weight(rng, width, 2 * width)
     return m.done(
         linear_num_value_heads=heads, linear_num_key_heads=2, linear_key_head_dim=key,
