@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--large FOLDER] [--small FOLDER] [--repeats 3] [--save]
 
-`--large` and `--small` are full-precision Hugging Face folders (1.5B and 135M in the kept results); without them, folders of
-those shapes with random weights are made under .models/. Every run begins with the source in the page cache.
+`--large` and `--small` are full-precision Hugging Face folders (1.5B and 135M in the kept results); without them,
+folders of those shapes with random weights are made under .models/. Every run begins with the source in the page cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def warm(folder: Path) -> None:
 
 
 def ours(source: Path, out: Path):
-    return run([tool("mlxquant"), "convert", str(source), "-o", str(out), "--bits", "4", "--recipe", "uniform", "--json"])
+    return run(
+        [tool("mlxquant"), "convert", str(source), "-o", str(out), "--bits", "4", "--recipe", "uniform", "--json"]
+    )
 
 
 def default(source: Path, out: Path):

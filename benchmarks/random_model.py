@@ -1,7 +1,7 @@
 """A Hugging Face folder with a real model's shapes and random weights, for benchmarks that time bytes and not answers.
 
-    python benchmarks/random_model.py qwen OUT      Qwen2.5-1.5B's shapes, untied, bfloat16, 3.6 GB
-    python benchmarks/random_model.py smol OUT      SmolLM2-135M's shapes, untied, bfloat16, 0.3 GB
+python benchmarks/random_model.py qwen OUT      Qwen2.5-1.5B's shapes, untied, bfloat16, 3.6 GB
+python benchmarks/random_model.py smol OUT      SmolLM2-135M's shapes, untied, bfloat16, 0.3 GB
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 SHAPES = {
-    "qwen": dict(model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                 num_attention_heads=12, num_key_value_heads=2, vocab_size=151936, rope_theta=1e6),
-    "smol": dict(model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                 num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, rope_theta=1e5),
+    "qwen": {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1e6},
+    "smol": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 1e5},
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """How long the planning commands take from shell to answer: they load neither mlx nor transformers.
 
-    python benchmarks/startup.py [--model FOLDER] [--save]
+python benchmarks/startup.py [--model FOLDER] [--save]
 """
 
 from __future__ import annotations

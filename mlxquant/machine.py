@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 # Exact memory bandwidth in bytes per second by chip name and GPU cores (None: any). Apple's spec pages print these
 # rounded; 68.25, 153.6 and 819.2 are published as such and the other rows are the same bus arithmetic.
@@ -119,14 +120,13 @@ def _run(*command: str) -> str:
 def _linux_memory() -> tuple[int, int]:
     """(total, available) bytes; a container's own limit counts where it is lower."""
     fields = {}
-    with open("/proc/meminfo") as lines:
+    with Path("/proc/meminfo").open() as lines:
         for line in lines:
             key, _, value = line.partition(":")
             fields[key] = int(value.split()[0]) * 1024
     total, available = fields["MemTotal"], fields.get("MemAvailable", fields["MemFree"])
     try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
         limit = "max"
     if limit.isdigit() and int(limit) < total:
@@ -135,7 +135,7 @@ def _linux_memory() -> tuple[int, int]:
 
 
 def _linux_cpu() -> str:
-    with open("/proc/cpuinfo") as lines:
+    with Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -1,6 +1,6 @@
 """Writes docs/commands.md: every command with the help it prints. A test keeps the file true.
 
-    python scripts/write_commands.py [--check]
+python scripts/write_commands.py [--check]
 """
 
 from __future__ import annotations

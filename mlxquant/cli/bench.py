@@ -34,7 +34,9 @@ def numbers(text: str, option: str, least: int) -> list[int]:
 @click.option("-d", "--depth", default="0", show_default=True, help="Tokens in the cache beforehand; likewise.")
 @click.option("-r", "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of each case.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Run stock mlx-lm on the same folder in turn.")
-@click.option("--prefill-step", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per prefill chunk.")
+@click.option(
+    "--prefill-step", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per prefill chunk."
+)
 @click.option("--max-kv-size", type=int, help="Rotating cache of that many positions.")
 @click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the KV cache where a layer can.")
 @click.option(
@@ -85,9 +87,7 @@ def command(
     from mlxquant.run.text import Text
 
     path = resolve(model, revision)
-    wanted = cases(
-        numbers(prompt, "--prompt", 1), numbers(generated, "--generate", 2), numbers(depth, "--depth", 0)
-    )
+    wanted = cases(numbers(prompt, "--prompt", 1), numbers(generated, "--generate", 2), numbers(depth, "--depth", 0))
     stock = stock_rows(path, wanted, repeats) if against else []
     where = prepare(device, wired=wired)
     ready = make_ready(
@@ -124,9 +124,7 @@ def stock_rows(path: Path, wanted: Any, repeats: int) -> list[Row]:
     return run(path, wanted, repeats)
 
 
-def draw(
-    path: Path, ready: Ready, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str
-) -> None:
+def draw(path: Path, ready: Ready, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

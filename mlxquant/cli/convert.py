@@ -11,7 +11,7 @@ import click
 
 from mlxquant.cli.resolve import resolve_source
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
-from mlxquant.errors import TargetError, UsageError
+from mlxquant.errors import UsageError
 from mlxquant.plan.recipe import RECIPES, settings
 from mlxquant.tensors import FLOAT_CODES
 from mlxquant.units import format_bytes, format_count, format_duration
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Who gets more bits. uniform and mixed_* write what stock mlx_lm.convert writes.",
 )
-@click.option("--dtype", type=click.Choice(list(FLOAT_CODES)), help="Dtype of what stays float.  [default: the source's]")
+@click.option(
+    "--dtype", type=click.Choice(list(FLOAT_CODES)), help="Dtype of what stays float.  [default: the source's]"
+)
 @click.option(
     "--set",
     "sets",
@@ -131,7 +133,9 @@ def run(opened, plan: Plan, out: Path, resume: bool, restart: bool, force: bool,
     if as_json:
         click.echo(json.dumps({"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw}))
         return
-    click.echo(f"Wrote {out}: {format_bytes(plan.nbytes)}, {plan.bpw:.2f} bits per weight, in {format_duration(seconds)}.")
+    click.echo(
+        f"Wrote {out}: {format_bytes(plan.nbytes)}, {plan.bpw:.2f} bits per weight, in {format_duration(seconds)}."
+    )
     click.echo(f"Next: mlxquant verify {out}   or   mlxquant chat {out}")
 
 

@@ -42,7 +42,11 @@ def command(out: Path, source: str | None, revision: str | None, no_logits: bool
         if not as_json:
             draw(*checks[-1])
     if as_json:
-        click.echo(json.dumps({"out": str(out), "checks": [dict(zip(("name", "ok", "detail"), c, strict=True)) for c in checks]}))
+        click.echo(
+            json.dumps(
+                {"out": str(out), "checks": [dict(zip(("name", "ok", "detail"), c, strict=True)) for c in checks]}
+            )
+        )
     failed = [name for name, ok, _ in checks if not ok]
     if failed:
         raise VerifyError(f"{out}: {', '.join(failed)} failed", hint="do not use this folder; convert again")
@@ -65,7 +69,11 @@ def logits(source: Path, out: Path) -> tuple[str, bool, str]:
     found = agreement(source, out)
     bits = min((c.bits for c in open_written(out).codecs.values() if c.quantized), default=8)
     ok = found.finite and found.kl_nats <= limit(bits)
-    return "logits", ok, (
-        f"KL divergence from the source {found.kl_nats:.4f} nats over {found.tokens} tokens (broken above {limit(bits)}), "
-        f"same best token {found.top1:.0%}"
+    return (
+        "logits",
+        ok,
+        (
+            f"KL divergence from the source {found.kl_nats:.4f} nats over {found.tokens} tokens (broken above {limit(bits)}), "
+            f"same best token {found.top1:.0%}"
+        ),
     )

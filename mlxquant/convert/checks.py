@@ -40,7 +40,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Written:
-    """A converted folder with its manifest. `specs` is what its files hold, `planned` what the manifest says they do."""
+    """A converted folder with its manifest. `folder.specs` is what its files hold, `planned` what they should."""
 
     folder: HFFolder
     manifest: dict[str, Any]
@@ -98,7 +98,9 @@ def check_folder(
         return
     plan = make_plan(source.config, source.specs, written.settings)
     same = plan.digest() == written.manifest["plan_sha256"]
-    yield Check("plan", same, "the source gives the same plan" if same else "the source gives another plan: not this source")
+    yield Check(
+        "plan", same, "the source gives the same plan" if same else "the source gives another plan: not this source"
+    )
     if same:
         yield check_weights(written, source, plan, advance)
         yield check_norms(written, (source, plan))
@@ -128,7 +130,9 @@ def check_config(written: Written) -> Check:
     base = {k: block.get(k) for k in ("group_size", "bits", "mode")}
     for module, codec in quantized.items():
         if block.get(module, base) != codec.mlx_config():
-            return Check("config", False, f"{module}: config.json says {block.get(module, base)}, stored as {codec.label}")
+            return Check(
+                "config", False, f"{module}: config.json says {block.get(module, base)}, stored as {codec.label}"
+            )
     return Check("config", True, f"{len(quantized)} modules declared as stored")
 
 
@@ -194,9 +198,7 @@ def check_eos(written: Written) -> Check:
     return Check("eos", True, f"stops at {sorted(wanted)}")
 
 
-def check_weights(
-    written: Written, source: OpenSource, plan: Plan, advance: Callable[[int], None] | None
-) -> Check:
+def check_weights(written: Written, source: OpenSource, plan: Plan, advance: Callable[[int], None] | None) -> Check:
     """Each stored tensor against the source: kept ones equal bit for bit, quantized ones within the format's bound."""
     worst, worst_name = 0.0, ""
     for tensor in plan.tensors:
@@ -205,7 +207,9 @@ def check_weights(
             return Check("weights", False, f"{tensor.name}: {complaint}")
         if nmse > worst:
             worst, worst_name = nmse, tensor.name
-    return Check("weights", True, f"{len(plan.tensors)} tensors within their bounds; worst NMSE {worst:.2e} ({worst_name})")
+    return Check(
+        "weights", True, f"{len(plan.tensors)} tensors within their bounds; worst NMSE {worst:.2e} ({worst_name})"
+    )
 
 
 def compare(
@@ -241,7 +245,9 @@ def _stored_rows(folder: HFFolder, part: TensorSpec, start: int, stop: int) -> n
 
 def check_norms(written: Written, against: tuple[OpenSource, Plan] | None) -> Check:
     """The means of the norm weights: a 1 + w shift done twice, or not at all, shows there and nowhere else."""
-    tensors = [t for t in written.manifest["plan"]["tensors"] if t["role"] == Role.NORM.value and t["name"].endswith("weight")]
+    tensors = [
+        t for t in written.manifest["plan"]["tensors"] if t["role"] == Role.NORM.value and t["name"].endswith("weight")
+    ]
     means = {t["name"]: _mean(written.folder, t["name"]) for t in tensors}
     if against:
         source, plan = against

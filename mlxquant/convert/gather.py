@@ -87,7 +87,9 @@ def refuse_shifted_norms(source: Source, targets: Iterable[Target]) -> None:
     for target in targets:
         if target.change == "add_one":
             spec = TensorSpec(target.name, target.shape, target.dtype)
-            means[target.name] = float(widen(rows(source, replace(target, change="none"), 0, spec.rows), target.dtype).mean())
+            means[target.name] = float(
+                widen(rows(source, replace(target, change="none"), 0, spec.rows), target.dtype).mean()
+            )
     if means and (middle := float(np.median(list(means.values())))) > 0.75:
         raise SourceError(
             f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle:.2f}, expected about 0: "

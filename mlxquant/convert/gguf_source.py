@@ -25,7 +25,7 @@ class GGUFSource:
 
     def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.weight_files = (path,)
+        self.weight_files: tuple[Path, ...] = (path,)
         self._file = GGUFFile(path)
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
         self._origins = hf_tensors(self._file.metadata, shapes)
@@ -55,7 +55,8 @@ class GGUFSource:
             return self._decode(origin.tensor, 0, 1)[:, rotary_rows(origin, 0, origin.shape[0])]
         wanted = rotary_rows(origin, start, stop)
         first, last = int(wanted.min()), int(wanted.max()) + 1
-        return self._decode(origin.tensor, first, last)[wanted - first]
+        rows: Array = self._decode(origin.tensor, first, last)[wanted - first]
+        return rows
 
     def sidecars(self) -> dict[str, bytes]:
         from mlxquant.families.gguf_tokenizer import tokenizer_files

@@ -17,9 +17,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def manifest(
-    plan: Plan, origin: dict[str, Any], tensors: Mapping[str, str], small: Mapping[str, bytes]
-) -> bytes:
+def manifest(plan: Plan, origin: dict[str, Any], tensors: Mapping[str, str], small: Mapping[str, bytes]) -> bytes:
     """`tensors`: sha256 of each stored tensor's bytes; `small`: the other files."""
     value = {
         "mlxquant": __version__,

@@ -77,7 +77,7 @@ def chat_template(sidecars: Mapping[str, bytes]) -> str:
 
 
 def end_ids(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> tuple[int, ...]:
-    """Every id that ends an answer: config, generation config, tokenizer config and the template's end-of-turn tokens."""
+    """Every id that ends an answer: of the configs, the tokenizer, and the template's end-of-turn tokens."""
     return eos_ids(
         config,
         parse(sidecars, "generation_config.json"),

@@ -62,9 +62,11 @@ def to_mlx(
     refuse_shifted_norms(source, (t.target for t in plan.tensors))
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
     digest = hashlib.sha256(f"{plan.digest()} {shard_bytes} {fingerprint(source)}".encode()).hexdigest()
-    with Workspace.open(
-        out, digest, shards, source=source.path, resume=resume, restart=restart, force=force
-    ) as work, ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
+    with (
+        Workspace.open(out, digest, shards, source=source.path, resume=resume, restart=restart, force=force) as work,
+        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(1) as behind,
+    ):
         todo = [t for t in plan.tensors if not work.done(t.name)]
         total = sum(map(source_bytes, plan.tensors))
         watch.start(total, total - sum(map(source_bytes, todo)))

@@ -1,8 +1,8 @@
 """How each tensor of an MLX folder is put together from rows of source tensors.
 
-Every layout change that MLX families need is a choice of rows (stacking experts, splitting fused projections, undoing
-llama.cpp's rotary permutation), a reshape, or one of a few elementwise or small whole-tensor changes. Written as values,
-the plan can be made and printed without weights, and the executor can stay dumb.
+Every layout change that MLX families need is a choice of rows (stacking experts, splitting fused projections), a
+reshape, or one of a few elementwise or small whole-tensor changes. Written as values, the plan can be made and printed
+without weights, and the executor can stay dumb.
 """
 
 from __future__ import annotations

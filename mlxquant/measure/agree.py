@@ -25,7 +25,7 @@ LIMITS = {8: 0.2, 6: 0.4, 5: 0.8, 4: 2.0, 3: 4.0, 2: 8.0}
 
 @dataclass(frozen=True)
 class Agreement:
-    """kl_nats: mean KL(source || output) over the prompt's positions. top1: share of positions with the same best token."""
+    """kl_nats: mean KL(source || output) over the prompt's positions. top1: share of them with the same best token."""
 
     kl_nats: float
     top1: float

@@ -13,7 +13,7 @@ from mlxquant.run.generate import PREFILL_STEP, generate
 
 @dataclass(frozen=True)
 class Case:
-    """prompt_tokens are prefilled on top of depth_tokens that are in the cache already; then generated_tokens follow."""
+    """prompt_tokens are prefilled on top of depth_tokens already in the cache; then generated_tokens follow."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -22,7 +22,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Trial:
-    """One repetition. ttft_s: from the call to the first token, which belongs to prefill. peak_bytes: MLX's own peak."""
+    """One repetition. ttft_s: from the call to the first token, which is prefill's. peak_bytes: MLX's own peak."""
 
     ttft_s: float
     prefill_tok_s: float
@@ -101,5 +101,5 @@ def fill(model: Callable[..., Any], cache: list[Any], tokens: Sequence[int], ste
     import mlx.core as mx
 
     for start in range(0, len(tokens), step):
-        model(mx.array(tokens[start : start + step])[None], cache=cache)
+        model(mx.array(list(tokens[start : start + step]))[None], cache=cache)
         mx.eval([entry.state for entry in cache])

@@ -2,7 +2,8 @@
 
     python -m mlxquant.measure.stock MODEL '[{"prompt_tokens": 32, ...}]' REPEATS
 
-prints one JSON list, a list of trials for each case. No OpenBLAS, no expansion, no limits: what `pip install mlx-lm` gives.
+prints one JSON list, a list of trials for each case. No OpenBLAS, no expansion, no limits: what
+`pip install mlx-lm` gives.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> None:
     from mlx_lm import load
 
     path, text, repeats = sys.argv[1:]
-    model, _, config = load(path, return_config=True)  # type: ignore[misc]
+    model, _, config = load(path, return_config=True)
     vocabulary = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     wanted = [Case(**case) for case in json.loads(text)]
     groups = [[asdict(trial(model, case, vocabulary, seed)) for seed in range(int(repeats))] for case in wanted]

@@ -34,7 +34,9 @@ def active_share(config: dict[str, Any]) -> float:
     """Experts asked for one token over all of them; 1 for a dense model."""
     keys = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[k] for k in keys if isinstance(config.get(k), int)), 0)
-    used = next((config[k] for k in ("num_experts_per_tok", "num_experts_per_token") if isinstance(config.get(k), int)), 0)
+    used = next(
+        (config[k] for k in ("num_experts_per_tok", "num_experts_per_token") if isinstance(config.get(k), int)), 0
+    )
     return used / experts if experts and used else 1.0
 
 

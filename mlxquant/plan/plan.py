@@ -132,9 +132,7 @@ def make_plan(config: dict[str, Any], specs: Mapping[str, TensorSpec], settings:
     roles = assign_roles(laid_out.targets, shape)
     dtype = settings.dtype or model_dtype(config, laid_out.targets)
     codecs = choose_codecs(laid_out.targets, roles, settings, shape)
-    tensors = tuple(
-        PlannedTensor(t, roles[t.name], codecs[t.name], stored_dtype(t, dtype)) for t in laid_out.targets
-    )
+    tensors = tuple(PlannedTensor(t, roles[t.name], codecs[t.name], stored_dtype(t, dtype)) for t in laid_out.targets)
     remarks = check_bits(tensors, settings, shape) + shape_remarks(shape, laid_out)
     return Plan(shape.model_type, settings, settings.base, dtype, tensors, laid_out.dropped, tuple(remarks))
 

@@ -1,9 +1,9 @@
 """Which codec each tensor gets. Pure decisions on names, shapes and roles.
 
-    uniform     what stock `mlx_lm.convert` would do, tensor for tensor and byte for byte
-    mixed_*     mlx-lm's four mixed recipes, likewise byte for byte
-    balanced    uniform at `bits`, but what decides a lot and weighs little keeps its precision: routers, shared-expert
-                gates, MLA latents, SSM and convolution parts at 8 bits or more, embeddings and head at 6 or more
+uniform     what stock `mlx_lm.convert` would do, tensor for tensor and byte for byte
+mixed_*     mlx-lm's four mixed recipes, likewise byte for byte
+balanced    uniform at `bits`, but what decides a lot and weighs little keeps its precision: routers, shared-expert
+            gates, MLA latents, SSM and convolution parts at 8 bits or more, embeddings and head at 6 or more
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def settings(
         raise UsageError(f"recipe {recipe} is defined for --mode affine only, not {mode}", hint="use --recipe balanced")
     if recipe in MIXED and bits not in (None, MIXED[recipe][0]):
         raise UsageError(
-            f"recipe {recipe} has {MIXED[recipe][0]} bits, not {bits}", hint="leave out --bits, or use --recipe balanced"
+            f"recipe {recipe} has {MIXED[recipe][0]} bits, not {bits}",
+            hint="leave out --bits, or use --recipe balanced",
         )
     if dtype is not None and dtype not in FLOAT_CODES:
         raise UsageError(f"--dtype {dtype!r} is unknown", hint=f"one of {tuple(FLOAT_CODES)}")

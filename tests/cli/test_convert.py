@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,7 +165,9 @@ def poison(folder: Path, name: str) -> None:
         file.write(np.array([0x7FC0], np.uint16).tobytes())
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
 def test_nan_is_refused_by_name(copy, tmp_path, name):
     poison(copy, name)
     refused(mlxquant("convert", copy, "-o", tmp_path / "out"), name, "row 0")
@@ -245,7 +245,6 @@ def test_a_disk_that_fills_up(source, tmp_path):
     assert done.stderr.startswith("Error: ")
     assert len(done.stderr.strip().splitlines()) <= 2
     assert no_trace(tmp_path)
-    assert resource.RLIMIT_FSIZE and signal.SIGXFSZ  # the platform has them
 
 
 def test_a_target_that_cannot_be_written(source, tmp_path):
