@@ -91,13 +91,13 @@ class Vocabulary:
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json, name ->
-    bytes.
+    """tokenizer.json, tokenizer_config.json (with the chat template), generation_config.json: name -> bytes.
 
     Raises UnsupportedError for a kind of tokenizer or pre-tokenizer that is not known, SourceError for
     missing, ill-typed or contradictory keys. Not reproduced: SentencePiece vocabularies in which a token has
     characters that are no tokens themselves (llama.cpp merges over them), and ties between scores of
-    different tokens."""
+    different tokens.
+    """
     meta = Metadata(metadata)
     builders = {"gpt2": _byte_level, "llama": _sentence_piece}
     model = meta.text("tokenizer.ggml.model")
