@@ -123,9 +123,7 @@ class FakeHub:
     def reset(self) -> None:
         self.repos, self.faults, self.record = {}, [], []
 
-    def add(
-        self, repo_id: str, folder: Path, ref: str = "main", lies: list[dict[str, Any]] | None = None
-    ) -> str:
+    def add(self, repo_id: str, folder: Path, ref: str = "main", lies: list[dict[str, Any]] | None = None) -> str:
         """Makes a commit of the folder's files and returns its sha, which no other commit has."""
         repo = self.repos.setdefault(repo_id, Repo())
         repo.lies = lies or []
@@ -195,16 +193,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def send(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, cut_at: int | None = None
-    ) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut_at: int | None = None) -> None:
         """cut_at: promises the whole body, sends that many bytes and hangs up."""
         shown = b"" if self.command == "HEAD" else body[:cut_at]
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
-            self.hub.record.append(
-                Sent(self.command, path, status, len(shown), self.headers.get("Authorization"))
-            )
+            self.hub.record.append(Sent(self.command, path, status, len(shown), self.headers.get("Authorization")))
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(name, value)
@@ -221,9 +215,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str | None, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.send(
-            status, json.dumps({"error": message}).encode(), headers | {"Content-Type": "application/json"}
-        )
+        self.send(status, json.dumps({"error": message}).encode(), headers | {"Content-Type": "application/json"})
 
     def find(self, repo_id: str, revision: str) -> tuple[Repo, str] | None:
         """The repo and its commit, or None after the refusal has been sent."""
@@ -233,9 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(repo_id)
         if repo is None or (repo.private and token != TOKEN):
             # The real Hub tells strangers the same of missing and of private repos.
-            status, message = (
-                (404, "Repository not found") if token else (401, "Invalid username or password.")
-            )
+            status, message = (404, "Repository not found") if token else (401, "Invalid username or password.")
             return self.refuse(status, "RepoNotFound" if token else None, message)
         commit = repo.commit(revision)
         if commit is None:
@@ -292,9 +282,7 @@ def send_file(http: Handler, file: Entry, headers: dict[str, str]) -> None:
             return http.send(416, b"", {"Content-Range": f"bytes */{file.size}"})
         headers = headers | {"Content-Range": f"bytes {first}-{last}/{file.size}"}
         body, status = body[first : last + 1], 206
-    return http.send(
-        status, body, headers | {"Accept-Ranges": "bytes"}, cut_at=fault.cut_at if fault else None
-    )
+    return http.send(status, body, headers | {"Accept-Ranges": "bytes"}, cut_at=fault.cut_at if fault else None)
 
 
 REPO = r"(?P<repo_id>[^/]+/[^/]+)"

@@ -68,9 +68,7 @@ def _refused(error: HfHubHTTPError, repo_id: str, revision: str | None) -> HubEr
     status, page = error.response.status_code, f"{endpoint()}/{repo_id}"
     if isinstance(error, errors.GatedRepoError):
         then = ", then log in with `hf auth login`" if status == 401 else " with the account of your token"
-        return HubError(
-            f"{repo_id} is gated: its licence must be accepted first", hint=f"accept it at {page}{then}"
-        )
+        return HubError(f"{repo_id} is gated: its licence must be accepted first", hint=f"accept it at {page}{then}")
     anonymous = status == 401 and "authorization" not in error.response.request.headers
     if isinstance(error, errors.RepositoryNotFoundError) or anonymous:  # strangers are told no more
         hint = "check the spelling; for a private repo log in with `hf auth login`"

@@ -47,9 +47,7 @@ def read_front(
             raise type(error)(message, hint=error.hint) from error
 
 
-def _grow(
-    listing: Listing, file: RemoteFile, path: Path, read: Callable[[Path], T], needs: Callable[[T], int]
-) -> T:
+def _grow(listing: Listing, file: RemoteFile, path: Path, read: Callable[[Path], T], needs: Callable[[T], int]) -> T:
     here, limit = 0, min(file.nbytes, FRONT_LIMIT_BYTES)
     while True:
         stop = min(max(_FIRST_BYTES, 4 * here), limit)

@@ -55,9 +55,7 @@ def remote_specs(repo_id: str, revision: str | None = None) -> Remote:
     return Remote(repo_id, listing.revision, config, _merge(repo_id, files, found), tuple(files))
 
 
-def _merge(
-    repo_id: str, files: list[RemoteFile], found: Iterable[dict[str, TensorSpec]]
-) -> dict[str, TensorSpec]:
+def _merge(repo_id: str, files: list[RemoteFile], found: Iterable[dict[str, TensorSpec]]) -> dict[str, TensorSpec]:
     merged: dict[str, TensorSpec] = {}
     for file, specs in zip(files, found, strict=True):
         if twice := merged.keys() & specs.keys():
@@ -134,9 +132,7 @@ def read_range(listing: Listing, file: RemoteFile, start: int, stop: int) -> byt
     else:
         data = _request(listing, file, start, stop)
     if len(data) != stop - start:
-        message = (
-            f"{listing.repo_id}/{file.name} gave {len(data):,} bytes, not the {stop - start:,} asked for"
-        )
+        message = f"{listing.repo_id}/{file.name} gave {len(data):,} bytes, not the {stop - start:,} asked for"
         raise HubError(message, hint="run the same command again")
     return data
 

@@ -73,9 +73,7 @@ def check_names(repo_id: str, names: Iterable[str]) -> None:
 
 def companions(names: Iterable[str]) -> list[str]:
     """Those of COMPANIONS that the repo holds. A `*` does not reach into folders."""
-    return sorted(
-        n for n in names if any(n.count("/") == p.count("/") and fnmatchcase(n, p) for p in COMPANIONS)
-    )
+    return sorted(n for n in names if any(n.count("/") == p.count("/") and fnmatchcase(n, p) for p in COMPANIONS))
 
 
 def shards(repo_id: str, names: Iterable[str], index: Any) -> list[str]:

@@ -20,9 +20,7 @@ from mlxquant.hub.listing import Listing, RemoteFile, cache_folder, list_files, 
 from mlxquant.hub.names import INDEX, SINGLE, HubId, companions, no_weights, parse_id
 from mlxquant.units import format_bytes
 
-Progress = Callable[
-    [int, int], None
-]  # bytes that are here, bytes of all wanted files; may come from any thread
+Progress = Callable[[int, int], None]  # bytes that are here, bytes of all wanted files; may come from any thread
 _SPARE_BYTES = 64 * 2**20  # what a disk should keep beside the files themselves
 
 

@@ -56,9 +56,7 @@ def test_json_is_one_object_with_every_tensor(folder: Path):
     assert found["path"] == str(folder)
     assert found["parameters"] == sum(np.prod(t["shape"]) for t in found["tensors"])
     assert (
-        found["bytes"]
-        == sum(t["bytes"] for t in found["tensors"])
-        == sum(r["bytes"] for r in found["roles"].values())
+        found["bytes"] == sum(t["bytes"] for t in found["tensors"]) == sum(r["bytes"] for r in found["roles"].values())
     )
     assert "tensors" not in answer(folder)
 
@@ -129,6 +127,27 @@ def test_a_gguf_header_longer_than_the_first_request(fake_hub: FakeHub, tmp_path
     assert fake_hub.served() < 17 * 2**20 < (repo / "long.gguf").stat().st_size
 
 
+def test_a_gguf_header_cut_where_zeros_would_do(fake_hub: FakeHub, tmp_path: Path):
+    """The first request ends before the last tensor's type: zeros in its place are an F32 tensor."""
+    repo = tmp_path / "repo"
+    repo.mkdir()
+
+    def write(padding: int) -> bytes:
+        writer = gguf.GGUFWriter(str(repo / "cut.gguf"), "newarch")
+        writer.add_string("general.description", "x" * padding)
+        writer.add_tensor("only", np.zeros((1024, 1024), np.float64))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return (repo / "cut.gguf").read_bytes()
+
+    type_at = write(1).index(b"only") - 1 + 4 + 4 + 2 * 8  # after the name, the number of axes and two axes
+    assert write(2**20 - type_at)[2**20 :].startswith((28).to_bytes(4, "little"))
+    fake_hub.add("org/model", repo)
+    assert answer("org/model/cut.gguf")["formats"].keys() == {"F64"}
+
+
 @pytest.mark.parametrize("content", [b"GGUF", b"<html>log in</html>" * 99, b"GGUF" + b"\xff" * 4000, b""])
 def test_a_hub_file_that_is_no_gguf(fake_hub: FakeHub, tmp_path: Path, content: bytes):
     repo = tmp_path / "repo"
@@ -165,7 +184,7 @@ def test_nothing_heavy_is_loaded(what: str, folder: Path, gguf_path: Path, fake_
     fake_hub.add("org/model", folder)
     model = {"folder": str(folder), "gguf": str(gguf_path), "hub": "org/model"}[what]
     script = (
-        "import sys; from mlxquant.cli import main\n"
+        "import sys; from mlxquant.cli.main import main\n"
         f"sys.argv = ['mlxquant', 'inspect', {model!r}, '--tensors']\nmain()\n"
         f"sys.exit(','.join(m for m in {(*HEAVY, 'gguf')!r} if m in sys.modules))"
     )

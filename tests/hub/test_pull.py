@@ -81,9 +81,7 @@ def test_revisions_are_branches_or_commits(fake_hub: FakeHub, tmp_path: Path):
     assert pull("org/model", "v2").revision == new
     at_commit = pull("org/model", new)
     assert at_commit.revision == new
-    assert (at_commit.path / "model.safetensors").read_bytes() == (
-        tmp_path / "new/model.safetensors"
-    ).read_bytes()
+    assert (at_commit.path / "model.safetensors").read_bytes() == (tmp_path / "new/model.safetensors").read_bytes()
 
 
 def test_progress_ends_at_the_sum_of_the_files(fake_hub: FakeHub, tmp_path: Path):
@@ -118,9 +116,7 @@ def test_one_gguf_file(fake_hub: FakeHub, tmp_path: Path):
     assert "a-Q4.gguf" in fails("org/model/none.gguf").message
 
 
-@pytest.mark.parametrize(
-    "text", ["model", "org/model/config.json", "../up/x.gguf", "org/model/../../x.gguf", "a--b/c"]
-)
+@pytest.mark.parametrize("text", ["model", "org/model/config.json", "../up/x.gguf", "org/model/../../x.gguf", "a--b/c"])
 def test_what_is_no_hub_id(text: str):
     with pytest.raises(UsageError):
         pull(text)
@@ -159,9 +155,7 @@ def test_a_gated_repo_names_the_page_and_never_the_token(
     assert TOKEN not in error.message + str(error.hint)
 
 
-def test_the_token_opens_gated_and_private_repos(
-    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_token_opens_gated_and_private_repos(fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fake_hub.add("org/model", single(tmp_path / "repo"))
     fake_hub.gate("org/model")
     fake_hub.repos["org/model"].private = True
@@ -277,9 +271,7 @@ def test_offline_mode_takes_the_cache_or_says_so(fake_hub: FakeHub, tmp_path: Pa
     assert fake_hub.record == []
 
 
-def test_a_dead_network_takes_the_cache_or_says_so(
-    fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_dead_network_takes_the_cache_or_says_so(fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     fake_hub.add("org/model", single(tmp_path / "repo"))

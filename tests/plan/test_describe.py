@@ -144,9 +144,7 @@ def test_a_config_of_nonsense_describes_little_and_fails_never(config: dict[str,
 
 def test_a_foreign_quantization_is_named(tmp_path: Path):
     folder = HFFolder(tiny.make(tmp_path))
-    found = describe(
-        folder.config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, folder.specs
-    )
+    found = describe(folder.config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, folder.specs)
     assert found.quantization == {"quant_method": "gptq", "bits": 4}
     assert any("gptq" in remark for remark in found.remarks)
 
@@ -179,9 +177,7 @@ def test_a_gguf_file_against_the_gguf_package(tmp_path: Path, kind: str, tied: b
 def test_a_gguf_architecture_that_nobody_knows(tmp_path: Path):
     path = write_gguf(tiny.make(tmp_path / "hf"), tmp_path / "model.gguf")
     file = GGUFFile(path)
-    metadata = {k.replace("llama.", "new."): v for k, v in file.metadata.items()} | {
-        "general.architecture": "new"
-    }
+    metadata = {k.replace("llama.", "new."): v for k, v in file.metadata.items()} | {"general.architecture": "new"}
     found = describe_gguf(metadata, file.tensors)
     assert found.facts.layers == 2
     assert found.facts.heads == 4
