@@ -92,8 +92,8 @@ def refuse_shifted_norms(source: Source, targets: Iterable[Target]) -> None:
             )
     if means and (middle := float(np.median(list(means.values())))) > 0.75:
         raise SourceError(
-            f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle:.2f}, expected about 0: "
-            "their 1 + w shift has been applied already",
+            f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle:.2f}, expected about "
+            "0: their 1 + w shift has been applied already",
             hint="convert the original checkpoint, not one that MLX or GGUF tools have rewritten",
         )
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxquant.run.model import load_model
+from mlxquant.run.device import Device
+from mlxquant.run.ready import make_ready
 from mlxquant.run.text import Text
 
 # Prose, code, numbers and a question: enough for a broken layout to show, short enough for a CPU.
@@ -33,22 +34,25 @@ class Agreement:
     finite: bool
 
 
-def agreement(source: Path, output: Path, prompt: str = PROMPT) -> Agreement:
-    """Runs the prompt through both models, one after the other so that only one is in memory."""
+def agreement(source: Path, output: Path, device: Device, prompt: str = PROMPT) -> Agreement:
+    """Runs the prompt through both models, one after the other so that only one is in memory.
+
+    Raises MemoryBudgetError, before any weight is read, when one of them does not fit the machine.
+    """
     tokens = Text.load(output).encode(prompt)
-    p_LV, q_LV = log_probabilities(source, tokens), log_probabilities(output, tokens)
+    p_LV, q_LV = (log_probabilities(path, tokens, device) for path in (source, output))
     kl_L = (np.exp(p_LV) * (p_LV - q_LV)).sum(-1)
     same = p_LV.argmax(-1) == q_LV.argmax(-1)
     return Agreement(float(kl_L.mean()), float(same.mean()), len(tokens), bool(np.isfinite(q_LV).all()))
 
 
-def log_probabilities(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
+def log_probabilities(path: Path, tokens: list[int], device: Device) -> np.ndarray[Any, Any]:
     """log softmax of the logits, float64 (L, vocabulary)."""
     import mlx.core as mx
 
-    loaded = load_model(path)
-    logits_LV = np.array(loaded.model(mx.array([tokens]))[0].astype(mx.float32)).astype(np.float64)
-    del loaded
+    ready = make_ready(path, device, Text.load(path), context_tokens=len(tokens))
+    logits_LV = np.array(ready.loaded.model(mx.array([tokens]))[0].astype(mx.float32)).astype(np.float64)
+    del ready
     mx.clear_cache()
     logits_LV -= logits_LV.max(-1, keepdims=True)
     return np.asarray(logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True)))

@@ -176,7 +176,7 @@ def stored_dtype(target: Target, dtype: str) -> str:
 def choose_codecs(
     targets: tuple[Target, ...], roles: Mapping[str, Role], settings: Settings, shape: ModelShape
 ) -> dict[str, Codec]:
-    """A codec for each target. `--set` wins, then the recipe; what stock MLX has no quantized module for stays float."""
+    """A codec for each target: `--set` first, then the recipe. What MLX has no quantized module for stays float."""
     base = settings.base
     position = recipes.layer_position(targets) if settings.recipe in MIXED else 0
     chosen: dict[str, Codec] = {}

@@ -57,7 +57,8 @@ def test_help_loads_nothing_heavy(arguments):
         "from mlxquant.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('mlx', 'mlx_lm', 'transformers', 'tokenizers', 'numba') if m in sys.modules], file=sys.stderr)"
+        "heavy = ('mlx', 'mlx_lm', 'transformers', 'tokenizers', 'numba')\n"
+        "print([m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from mlxquant.measure.agree import LIMITS, agreement, limit
@@ -14,9 +13,8 @@ from tests.cli.runner import mlxquant, refused
 from tests.tiny import make
 
 
-@pytest.fixture(scope="module", autouse=True)
-def device():
-    prepare("cpu")
+def agree(source, output):
+    return agreement(source, output, prepare("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +26,20 @@ def pair(tmp_path_factory):
 
 
 def test_a_model_agrees_with_itself(pair):
-    found = agreement(pair[0], pair[0])
+    found = agree(pair[0], pair[0])
     assert found.kl_nats == 0.0
     assert found.top1 == 1.0
     assert found.finite
 
 
 def test_eight_bits_are_close(pair):
-    found = agreement(*pair)
+    found = agree(*pair)
     assert 0 < found.kl_nats < 0.02
 
 
 def test_another_model_is_far(pair, tmp_path):
     other = make(tmp_path / "other", "qwen2", seed=3)
-    assert agreement(pair[0], other).kl_nats > 10 * agreement(*pair).kl_nats
+    assert agree(pair[0], other).kl_nats > 10 * agree(*pair).kl_nats
 
 
 def test_limits_grow_as_bits_fall():
@@ -65,9 +63,17 @@ def test_verify_fails_on_logits_when_everything_else_is_in_order(pair, tmp_path)
     refused(mlxquant("verify", broken, "--source", source), "logits failed")
 
 
+def test_a_source_too_large_to_run_is_said_and_not_run(pair, monkeypatch):
+    from mlxquant.run import budget
+
+    monkeypatch.setattr(budget, "FILL", 1e-6)
+    result = mlxquant("verify", pair[1], "--source", pair[0])
+    assert result.code == 0
+    assert "skipped: this run does not fit" in result.out
+
+
 def test_verify_json(pair):
     result = mlxquant("verify", pair[1], "--source", pair[0], "--json")
     checks = {c["name"]: c["ok"] for c in json.loads(result.out)["checks"]}
     assert checks["logits"] is True
     assert all(checks.values())
-    assert np.all(list(checks.values()))

@@ -1,7 +1,7 @@
 """The demo model in real llama.cpp and in our loop: the same tokens, from the same file.
 
-Slow (a download of 93 MB, minutes of CPU): `make slow`. llama.cpp keeps float16 weights as they are, but rounds activations
-to 8 bits for quantized ones, so the Q4_1 file itself is compared by log-probabilities within a bound.
+Slow (a download of 93 MB, minutes of CPU): `make slow`. llama.cpp keeps float16 weights as they are, but rounds
+activations to 8 bits for quantized ones, so the Q4_1 file is compared by log-probabilities within a bound.
 """
 
 from __future__ import annotations
