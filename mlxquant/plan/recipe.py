@@ -111,7 +111,7 @@ def balanced(target: Target, role: Role, base: Codec) -> Codec:
 
 
 def mixed(target: Target, base: Codec, high_bits: int, layer_position: int, layers: int) -> Codec:
-    """mlx_lm/convert.py, mixed_quant_predicate: more bits for some layers' values and down projections, and the head."""
+    """mlx_lm/convert.py, mixed_quant_predicate: more bits for the head and some layers' value and down projections."""
     if not base.divides(target.shape[-1]):
         return KEEP
     path = target.name.removesuffix(".weight")
