@@ -274,14 +274,17 @@ def cdn(http: Handler, repo_id: str, revision: str, name: str) -> None:
 
 def send_file(http: Handler, file: Entry, headers: dict[str, str]) -> None:
     fault = http.hub.take_fault(http.command, unquote(urlsplit(http.path).path), in_body=True)
-    body, status = file.path.read_bytes(), 200
+    first, last, status = 0, file.size - 1, 200
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", http.headers.get("Range") or "")
     if wanted and not (fault and fault.ignore_range):
         first, last = int(wanted[1]), min(int(wanted[2] or file.size - 1), file.size - 1)
         if first >= file.size:
             return http.send(416, b"", {"Content-Range": f"bytes */{file.size}"})
         headers = headers | {"Content-Range": f"bytes {first}-{last}/{file.size}"}
-        body, status = body[first : last + 1], 206
+        status = 206
+    with file.path.open("rb") as opened:
+        opened.seek(first)
+        body = opened.read(last + 1 - first)
     return http.send(status, body, headers | {"Accept-Ranges": "bytes"}, cut_at=fault.cut_at if fault else None)
 
 
