@@ -39,15 +39,15 @@ def test_only_what_is_needed_is_downloaded(fake_hub: FakeHub, tmp_path: Path):
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x" * 10_000)
+    wanted = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "LICENSE"}
+    wanted.add("additional_chat_templates/tools.jinja")
+    for name in wanted - files_in(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
     sha = fake_hub.add("org/model", folder)
     pulled = pull("org/model")
     assert (pulled.repo_id, pulled.revision) == ("org/model", sha)
-    assert files_in(pulled.path) == {
-        "config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "model.safetensors",
-    }
+    assert files_in(pulled.path) == wanted
     for name in files_in(pulled.path):
         assert (pulled.path / name).read_bytes() == (folder / name).read_bytes()
     weights = next(f for f in pulled.files if f.name == "model.safetensors")
