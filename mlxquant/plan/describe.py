@@ -129,7 +129,7 @@ def describe(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Desc
     """
     weights, facts = unpack(config, specs), Facts.of(config)
     roles, left_out, remarks = _roles(config, {name: w.spec for name, w in weights.items()})
-    scheme = _scheme(config)
+    scheme = _scheme(config, weights)
     if scheme and (method := scheme.get("quant_method")):
         remarks.append(f"quantized by {method}: packed tensors are counted as they are stored")
     stored = (Stored(name, w.spec.shape, w.format, w.nbytes) for name, w in weights.items())
@@ -213,14 +213,14 @@ def _cannot(error: SourceError) -> str:
     return f"cannot be converted: {error.message}"
 
 
-def _scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The source's quantization block; MLX's entries for single modules, in `overrides`, are only counted."""
+def _scheme(config: Mapping[str, Any], weights: Iterable[str]) -> dict[str, Any] | None:
+    """The source's quantization block; MLX's entries for single modules are only counted, in `overrides`."""
     block = config.get("quantization", config.get("quantization_config"))
     if not isinstance(block, dict):
         return None
-    plain = {k: v for k, v in block.items() if isinstance(v, str | int | float) and "." not in k}
-    overrides = sum(1 for k, v in block.items() if "." in k and (isinstance(v, dict) or v is False))
-    return plain | ({"overrides": overrides} if overrides else {})
+    modules = {name.removesuffix(".weight") for name in weights} & block.keys()
+    plain = {k: v for k, v in block.items() if isinstance(v, str | int | float) and k not in modules}
+    return plain | ({"overrides": len(modules)} if modules else {})
 
 
 def _text(value: Any) -> str | None:
