@@ -1,6 +1,6 @@
 """Run by test_publish.py in its own process: a small conversion that dies by SIGKILL where it is told to.
 
-    python kill_points.py FOLDER each|force|chain  ->  one JSON line
+    python kill_points.py FOLDER each|force|restart|chain  ->  one JSON line
 
 The points are Python audit events (each open, mkdir, rename, remove, truncate, flock): the process kills
 itself just before its n-th. Forked, so that hundreds of deaths take seconds.
@@ -27,10 +27,10 @@ GROUPS = [[TensorSpec(f"{i}.weight", (40, 8), "U32"), TensorSpec(f"{i}.scales", 
 EVENTS = ("open", "os.", "shutil.", "fcntl.", "tempfile.")
 
 
-def convert(out: Path, force: bool = False) -> int:
+def convert(out: Path, how: str = "each") -> int:
     """The executor in small. Returns how many groups it took over."""
     shards = assign(GROUPS, 3500)
-    with Workspace.open(out, "digest", shards, force=force) as work:
+    with Workspace.open(out, "digest", shards, force=how == "force", restart=how == "restart") as work:
         for group in GROUPS:
             name = group[0].name
             if work.done(name):
@@ -59,14 +59,14 @@ def die_at(point: int) -> None:
     sys.addaudithook(hook)
 
 
-def run(out: Path, force: bool, point: int = 0) -> str:
+def run(out: Path, how: str, point: int = 0) -> str:
     """Converts in a child: 'killed', 'refused' (TargetError), or the number of groups it took over."""
     child = os.fork()
     if not child:
         if point:
             die_at(point)
         try:
-            os._exit(convert(out, force))
+            os._exit(convert(out, how))
         except TargetError:
             os._exit(100)
         except BaseException as exc:
@@ -87,8 +87,8 @@ def old(out: Path) -> None:
     (out / "config.json").write_text('{"made": "before"}')
 
 
-def each(place: Path, force: bool) -> dict[str, object]:
-    """Killed once, at every point in turn; then run again."""
+def each(place: Path, how: str) -> dict[str, object]:
+    """Killed once, at every point in turn; then run again. "force": over an old OUT; "restart": over an old partial."""
     convert(place / "reference")
     expected, before = folder(place / "reference"), {}
     outcomes: dict[str, int] = {}
@@ -96,17 +96,19 @@ def each(place: Path, force: bool) -> dict[str, object]:
     for point in range(1, 1000):
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
-        if force:
+        if how == "force":
             old(out)
             before = folder(out)
-        if run(out, force, point) != "killed":
+        if how == "restart" and run(out, "each", 30) != "killed":
+            raise SystemExit("there is nothing to begin anew")
+        if run(out, how, point) != "killed":
             return {"points": point - 1, "outcomes": outcomes}
         found = folder(out)
         if found not in (before, expected, {}):
             raise SystemExit(f"point {point}: OUT is neither old nor new nor absent")
-        if force and not found and not (partial / "replaced").exists():
+        if how == "force" and not found and not (partial / "replaced").exists():
             raise SystemExit(f"point {point}: the old OUT is lost")
-        again = run(out, force)
+        again = run(out, "each" if how == "restart" else how)
         outcomes[again] = outcomes.get(again, 0) + 1
         if folder(out) != expected or partial.exists() or (again == "refused" and found != expected):
             raise SystemExit(f"point {point}: run again: {again}, partial {partial.exists()}")
@@ -119,13 +121,13 @@ def chain(place: Path) -> dict[str, object]:
     rng, kills = random.Random(7), 0
     for attempt in range(8):
         out = place / f"out{attempt}"
-        while run(out, False, rng.randrange(5, 45)) == "killed":
+        while run(out, "each", rng.randrange(5, 45)) == "killed":
             kills += 1
-        if run(out, False) != "refused" or folder(out) != folder(place / "reference"):
+        if run(out, "each") != "refused" or folder(out) != folder(place / "reference"):
             raise SystemExit(f"attempt {attempt}: OUT differs")
     return {"kills": kills}
 
 
 if __name__ == "__main__":
     where, how = Path(sys.argv[1]), sys.argv[2]
-    print(json.dumps(chain(where) if how == "chain" else each(where, how == "force")))
+    print(json.dumps(chain(where) if how == "chain" else each(where, how)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +71,7 @@ def test_an_exception_keeps_what_is_finished(tmp_path):
         assert len(work.checksums) == 6
 
 
-@pytest.mark.parametrize("how", ["each", "force", "chain"])
+@pytest.mark.parametrize("how", ["each", "force", "restart", "chain"])
 def test_killed_anywhere_and_run_again(tmp_path, how):
     script = Path(__file__).with_name("kill_points.py")
     done = subprocess.run([sys.executable, script, tmp_path, how], capture_output=True, text=True, check=False)
@@ -158,6 +160,28 @@ def test_a_partial_folder_that_is_not_ours(tmp_path):
     with pytest.raises(TargetError, match="no journal"):
         opened(tmp_path / "out")
     assert (tmp_path / "out.partial/thesis.txt").exists()
+
+
+def test_a_replacement_killed_between_its_renames_gives_the_old_one_back(tmp_path):
+    """Whatever is asked for next; here nothing that would replace it."""
+    out = begun(tmp_path / "out")
+    old(tmp_path / "out.partial/replaced")
+    with pytest.raises(TargetError, match="already exists"):
+        opened(out, restart=True)
+    assert (out / "config.json").read_text() == '{"made": "before"}'
+
+
+def test_a_lock_that_was_published_away(tmp_path, monkeypatch):
+    """The other process publishes after we have opened its lock and before we have it."""
+
+    def flock(fd: int, how: int) -> None:
+        shutil.rmtree(tmp_path / "out.partial")
+        real(fd, how)
+
+    real = fcntl.flock
+    monkeypatch.setattr("mlxquant.files.publish.fcntl.flock", flock)
+    with pytest.raises(TargetError, match="another process"):
+        opened(tmp_path / "out")
 
 
 def test_two_processes(tmp_path):

@@ -17,6 +17,7 @@ from safetensors import deserialize
 from safetensors.numpy import save_file
 
 from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.files.reading import InputFile
 from mlxquant.files.safetensors_file import SafetensorsFile, read_header
 from mlxquant.tensors import DTYPES
 
@@ -133,6 +134,8 @@ HOSTILE = {
     "hole before": (raw({"x": entry(span=[8, 16])}, bytes(16)), "leaves a hole after the header"),
     "bytes left over": (raw({"x": entry()}, bytes(12)), "4 bytes after the last tensor"),
     "name twice": (raw(b'{"x":%s,"x":%s}' % ((json.dumps(entry()).encode(),) * 2), F8), "appears twice"),
+    "NaN, which is not JSON": (raw(b'{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"y":NaN}}'), "not a valid"),
+    "half a character": (raw(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "not a valid"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
 }  # fmt: skip
 
@@ -175,6 +178,12 @@ def test_file_that_shrinks_or_is_replaced_while_it_is_read(saved):
     os.truncate(saved, saved.stat().st_size - 1)
     with pytest.raises(SourceError, match="changed while"):
         file.read_rows("a", 0, 1)
+
+
+def test_a_read_that_comes_short(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(10))
+    with pytest.raises(SourceError, match="ends inside tensor x: 4 bytes found, 8 expected"):
+        InputFile(tmp_path / "f").read_into(6, np.empty(2, np.float32), "tensor x")
 
 
 def test_a_link_to_a_blob_is_fine(saved, tmp_path):
