@@ -168,7 +168,8 @@ def pack(codes, bits, out):
     lowest bytes.
     """
     if bits == 8:
-        out[:] = codes
+        for i in range(codes.size):  # out[:] = codes takes two seconds to compile
+            out[i] = codes[i]
         return
     eights = codes.view(np.uint64)
     shift, width = np.uint64(8 - bits), np.uint64(bits)
@@ -187,8 +188,8 @@ def pack(codes, bits, out):
         for i in range(eights.size):
             half_words[i] = eights[i]
     else:
-        for i in range(eights.size):
-            for byte in range(bits):
+        for byte in range(bits):
+            for i in range(eights.size):
                 out[i * bits + byte] = eights[i] >> np.uint64(8 * byte)
 
 
@@ -196,7 +197,8 @@ def pack(codes, bits, out):
 def unpack(packed, bits, codes):
     """The way back: a stream of `bits`-bit codes -> codes, a byte each."""
     if bits == 8:
-        codes[:] = packed
+        for i in range(codes.size):
+            codes[i] = packed[i]
         return
     eights = codes.view(np.uint64)
     if bits == 4:
@@ -329,7 +331,7 @@ def encode_mx(raw, source, target, bits, group, packed, scales, first, stop):
             byte, scale = _nv_scale(peak, target) if group == 16 else _power_scale(peak, bits, target)
             scales[(start + at) // group] = byte
             if scale == _ZERO:
-                part[:] = np.uint32(0)
+                part.fill(np.uint32(0))
             else:
                 _divide(part.view(np.float32), scale)
                 common &= _single(peak) / scale < _TIES

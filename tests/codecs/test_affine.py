@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -143,3 +144,14 @@ def test_what_no_plan_contains_is_refused_before_a_kernel_sees_it() -> None:
     ):
         with pytest.raises(ValueError, match="4g32"):
             decode(broken, "BF16", affine(4, 32))
+
+
+@pytest.mark.parametrize("source", DTYPES)
+def test_no_large_temporary_is_made(source: str) -> None:
+    raw = np.zeros((1024, 2048), np.float32).astype({"F16": np.float16, "F32": np.float32}.get(source, np.uint16))
+    encode(raw[:1], source, "BF16", affine(4, 64))
+    tracemalloc.start()
+    parts = encode(raw, source, "BF16", affine(4, 64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(part.nbytes for part in parts) + 200_000
