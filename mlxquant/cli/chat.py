@@ -42,9 +42,7 @@ Ctrl-C stops an answer and keeps the chat. A line that ends in \\ goes on in the
 @sampling_options
 @running_options
 @click.option("--stats", "always_stats", is_flag=True, help="Print a line of stats after each answer.")
-def command(
-    model: str, system: str | None, max_tokens: int | None, always_stats: bool, **options: Any
-) -> None:
+def command(model: str, system: str | None, max_tokens: int | None, always_stats: bool, **options: Any) -> None:
     """Talk to MODEL: a folder, a .gguf file or a Hub id. /help lists the commands.
 
     Without a terminal, each line of stdin is a question, and the answers go to stdout as plain text.
@@ -59,13 +57,11 @@ def command(
     ready = open_ready(path, device, text, options, options["context"])
     session = Session(
         ready.loaded.model, ready.text, ready.plan, sampling=sampling, system=system, max_tokens=max_tokens,
-        context_tokens=ready.context_tokens, prefill_step=options["prefill_step"], stops=options["stops"],
+        context_tokens=ready.context_tokens, prefill_step=ready.prefill_step, stops=options["stops"],
     )  # fmt: skip
     say_ready(ready, options)
     if sys.stdin.isatty():
-        click.secho(
-            f"{ready.text.name}, {ready.loaded.quantization}. /help lists the commands.", dim=True, err=True
-        )
+        click.secho(f"{ready.text.name}, {ready.loaded.quantization}. /help lists the commands.", dim=True, err=True)
     failed = talk(session, always_stats)
     # A script that pipes its questions must learn that one of them failed.
     if failed and not sys.stdin.isatty():
@@ -163,9 +159,7 @@ def obey(session: Session, line: str) -> bool:
     if name in ("exit", "quit"):
         return False
     if name not in COMMANDS:
-        raise UsageError(
-            f"/{name} is no command", hint="/help lists them; begin a question with a space to ask it"
-        )
+        raise UsageError(f"/{name} is no command", hint="/help lists them; begin a question with a space to ask it")
     if said := COMMANDS[name](session, rest.strip()):
         click.echo(said, err=True)
     return True

@@ -44,9 +44,7 @@ class Finding:
 
 
 @click.command()
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="The device to look at."
-)
+@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="The device to look at.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(device: str, as_json: bool) -> None:
     """Say which device, BLAS, versions and memory limits are in force, and what to do about each problem."""
@@ -55,11 +53,7 @@ def command(device: str, as_json: bool) -> None:
     prepared = prepare(device)
     findings = [*_device(prepared), *_memory(prepared), *_versions(), *_hub(), _numba_cache()]
     if as_json:
-        click.echo(
-            json.dumps(
-                {"ok": not any(f.problem for f in findings), "findings": [asdict(f) for f in findings]}
-            )
-        )
+        click.echo(json.dumps({"ok": not any(f.problem for f in findings), "findings": [asdict(f) for f in findings]}))
         return
     for finding in findings:
         mark, colour = ("!", "yellow") if finding.problem else (" ", "green")
@@ -88,13 +82,9 @@ def _device(device: Device) -> list[Finding]:
     if device.kind == "gpu":
         value = f"{blas.name}; the GPU does {gflops:.0f} GFLOP/s float32 (512 x 512)"
     if device.kind == "cpu" and not blas.fast:
-        found = Finding(
-            "BLAS", value, "matrix products run on one core without vector instructions", INSTALL_OPENBLAS
-        )
+        found = Finding("BLAS", value, "matrix products run on one core without vector instructions", INSTALL_OPENBLAS)
     elif device.kind == "cpu" and gflops < SLOW_GFLOPS:
-        found = Finding(
-            "BLAS", value, "this is slow for a fast BLAS", "see whether other programs use the CPU now"
-        )
+        found = Finding("BLAS", value, "this is slow for a fast BLAS", "see whether other programs use the CPU now")
     else:
         found = Finding("BLAS", value)
     return [where, Finding("system", f"{machine.system}, {platform.machine()}"), found]
@@ -103,9 +93,7 @@ def _device(device: Device) -> list[Finding]:
 def _memory(device: Device) -> list[Finding]:
     machine = device.machine
     wired = format_bytes(device.wired_limit_bytes) if device.wired_limit_bytes else "none (only with --wired)"
-    limits = (
-        f"memory {format_bytes(device.memory_limit_bytes)}, cache {format_bytes(device.cache_limit_bytes)}"
-    )
+    limits = f"memory {format_bytes(device.memory_limit_bytes)}, cache {format_bytes(device.cache_limit_bytes)}"
     value = f"{machine.memory_bytes / GIB:.3g} GiB, working set {format_bytes(machine.working_set_bytes)}"
     little = machine.working_set_bytes < 2 * GIB
     return [
@@ -131,14 +119,12 @@ def _versions() -> list[Finding]:
             missing.append(package)
     value = ", ".join(f"{name} {number}" for name, number in found.items())
     if missing:
-        return [
-            Finding("versions", value, f"not installed: {', '.join(missing)}", "reinstall mlxquant with pip")
-        ]
+        return [Finding("versions", value, f"not installed: {', '.join(missing)}", "reinstall mlxquant with pip")]
     return [Finding("versions", value)]
 
 
 def _hub() -> list[Finding]:
-    """Where models are kept and whether there is a token; the token itself is never read further than that."""
+    """Where models are kept and whether there is a token; the token itself is never shown."""
     import shutil
 
     from huggingface_hub import constants, get_token
@@ -161,7 +147,7 @@ def _hub() -> list[Finding]:
 
 
 def _numba_cache() -> Finding:
-    """Compiled kernels are kept between runs beside the package or in a user folder; else each run compiles."""
+    """Compiled kernels are kept between runs, beside the package or in a user folder."""
     import mlxquant
 
     chosen = os.environ.get("NUMBA_CACHE_DIR")
@@ -178,6 +164,6 @@ def _numba_cache() -> Finding:
     return Finding(
         "numba cache",
         str(folder),
-        "kernels are compiled anew in each run",
+        "each run compiles its kernels anew",
         "set NUMBA_CACHE_DIR to a folder of yours",
     )

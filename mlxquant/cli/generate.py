@@ -30,14 +30,10 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", help="What to continue or answer; `-` or nothing reads it from stdin.")
 @click.option("-n", "--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--system", help="System prompt.")
-@click.option(
-    "--no-template", is_flag=True, help="Continue the bare text instead of answering in a chat turn."
-)
+@click.option("--no-template", is_flag=True, help="Continue the bare text instead of answering in a chat turn.")
 @sampling_options
 @running_options
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object with the text, tokens and stats."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text, tokens and stats.")
 def command(
     model: str,
     prompt: str | None,
@@ -76,7 +72,7 @@ def command(
     with interruptible() as stop:
         run = generate(
             ready.loaded.model, tokens, ready.plan.make(), sampling, max_tokens=max_tokens,
-            eos_ids=ready.text.eos_ids, prefill_step=options["prefill_step"], stop=stop,
+            eos_ids=ready.text.eos_ids, prefill_step=ready.prefill_step, stop=stop,
         )  # fmt: skip
         report(*stream(run, ready, options["stops"], as_json), as_json)
 
@@ -85,9 +81,7 @@ def encode(text: Text, prompt: str, system: str | None, no_template: bool) -> li
     """The prompt's tokens; a model without a template continues the bare text."""
     if no_template or not text.has_template:
         if system:
-            raise UsageError(
-                f"{text.name}: has no chat template for a system prompt", hint="leave --system out"
-            )
+            raise UsageError(f"{text.name}: has no chat template for a system prompt", hint="leave --system out")
         tokens = text.encode(prompt)
     else:
         messages = [{"role": "system", "content": system}] if system else []

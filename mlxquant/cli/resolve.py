@@ -27,9 +27,7 @@ def resolve_source(source: str, revision: str | None = None) -> tuple[Path, dict
     path = Path(source).expanduser()
     if path.exists():
         if revision:
-            raise UsageError(
-                f"--revision {revision} is for Hub ids, and {source} is a path", hint="leave it out"
-            )
+            raise UsageError(f"--revision {revision} is for Hub ids, and {source} is a path", hint="leave it out")
         return path, None
     if not is_hub_id(source):
         raise UsageError(

@@ -31,31 +31,17 @@ class Tokens(click.ParamType):
 
 
 _SAMPLING = (
-    click.option(
-        "--temp", default=0.0, show_default=True, help="Temperature; 0 always takes the most likely token."
-    ),
-    click.option(
-        "--top-p", default=0.0, help="Draw from the most likely tokens that make up this share. 0: off."
-    ),
+    click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 takes the most likely token."),
+    click.option("--top-p", default=0.0, help="Draw from the most likely tokens that make up this share. 0: off."),
     click.option("--top-k", default=0, help="Draw from so many most likely tokens. 0: off."),
     click.option("--min-p", default=0.0, help="Drop tokens less likely than this times the best. 0: off."),
-    click.option(
-        "--repetition-penalty", default=1.0, help="Above 1, recent tokens become less likely. 1: off."
-    ),
-    click.option(
-        "--repetition-context", default=20, show_default=True, help="How many tokens count as recent."
-    ),
-    click.option(
-        "--seed", type=int, help="The same seed gives the same answer. Default: a new one each time."
-    ),
+    click.option("--repetition-penalty", default=1.0, help="Above 1: recent tokens become less likely. 1: off."),
+    click.option("--repetition-context", default=20, show_default=True, help="How many tokens are recent."),
+    click.option("--seed", type=int, help="The same seed gives the same answer. Default: a new one each time."),
 )
 _RUNNING = (
-    click.option(
-        "--stop", "stops", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeatable."
-    ),
-    click.option(
-        "--context", type=Tokens(), help="Prompt and answer together, such as 8k; memory must suffice."
-    ),
+    click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before TEXT. May be repeated."),
+    click.option("--context", type=Tokens(), help="Prompt and answer together, such as 8k; memory must suffice."),
     click.option("--max-kv-size", type=Tokens(), help="Keep so many tokens in the cache, and the first 4."),
     click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the cache, where layers can."),
     click.option(
@@ -65,16 +51,8 @@ _RUNNING = (
         show_default=True,
         help="Group size of the quantized cache; smaller where the head width asks for it.",
     ),
-    click.option(
-        "--prefill-step", type=Tokens(), default=2048, show_default=True, help="Prompt tokens fed at once."
-    ),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "gpu"]),
-        default="auto",
-        show_default=True,
-        help="Where to compute.",
-    ),
+    click.option("--prefill-step", type=Tokens(), help="Prompt tokens fed at once. Default: GPU 2048, CPU 512."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True),
     click.option(
         "--expand",
         type=click.Choice(["auto", "on", "off"]),
@@ -116,7 +94,7 @@ def open_text(model: str, options: dict[str, Any]) -> tuple[Path, Device, Text]:
     from mlxquant.cli.resolve import resolve
     from mlxquant.run.device import prepare
 
-    if options["prefill_step"] < 1:
+    if options["prefill_step"] == 0:
         raise UsageError("--prefill-step 0 makes no headway", hint="use 512 or 2048")
     path = resolve(model, options["revision"])
     device = prepare(options["device"], wired=options["wired"])
@@ -125,9 +103,7 @@ def open_text(model: str, options: dict[str, Any]) -> tuple[Path, Device, Text]:
     return path, device, Text.load(path)
 
 
-def open_ready(
-    path: Path, device: Device, text: Text, options: dict[str, Any], context_tokens: int | None
-) -> Ready:
+def open_ready(path: Path, device: Device, text: Text, options: dict[str, Any], context_tokens: int | None) -> Ready:
     """Loads the model within the memory budget."""
     from mlxquant.run.ready import CacheOptions, make_ready
 

@@ -118,9 +118,7 @@ def trace(model: Any, cache: list[Any]) -> None:
 
 def _check(max_kv_size: int | None, kv_bits: int | None, kv_group_size: int) -> None:
     if max_kv_size is not None and max_kv_size < MIN_KV_SIZE:
-        raise UsageError(
-            f"a cache of {max_kv_size} positions is too short", hint=f"use {MIN_KV_SIZE} or more"
-        )
+        raise UsageError(f"a cache of {max_kv_size} positions is too short", hint=f"use {MIN_KV_SIZE} or more")
     if kv_bits is not None and kv_bits not in KV_BITS:
         raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="use --kv-bits 4 or 8")
     if kv_group_size not in KV_GROUP_SIZES:
@@ -136,9 +134,7 @@ def _decide(entry: Any, max_kv_size: int | None, kv_bits: int | None, kv_group_s
         return Slot("sliding", f"the model's window of {entry.max_size} tokens, stays float", growths)
     if type(entry) is not KVCache:
         grows = any(growth.position_bytes for growth in growths)
-        return Slot(
-            "mixed" if grows else "state", f"{type(entry).__name__}, stays as the model makes it", growths
-        )
+        return Slot("mixed" if grows else "state", f"{type(entry).__name__}, stays as the model makes it", growths)
     if not growths:
         return Slot("state", "the model does not use it", growths)
     if max_kv_size:

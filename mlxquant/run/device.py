@@ -25,9 +25,7 @@ from mlxquant.machine import Machine, probe
 from mlxquant.units import GIB, MIB
 
 BLAS_VARIABLE = "MLXQUANT_BLAS"
-INSTALL_OPENBLAS = (
-    "install OpenBLAS, for example with `apt install libopenblas0-pthread` or `dnf install openblas`"
-)
+INSTALL_OPENBLAS = "install OpenBLAS, for example with `apt install libopenblas0-pthread` or `dnf install openblas`"
 # Builds with 32-bit integers only: `libopenblas64` has the same symbols with other argument types.
 _SONAMES = ("libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so")
 _FOLDERS = ("/usr/lib64", "/usr/local/lib", "/opt/OpenBLAS/lib", "/usr/lib")
@@ -129,9 +127,7 @@ def load_blas() -> Blas:
             _loaded = found
             return found
     if choice:
-        raise UsageError(
-            f"{choice}: no BLAS with cblas_sgemm can be loaded from here", hint=f"unset {BLAS_VARIABLE}"
-        )
+        raise UsageError(f"{choice}: no BLAS with cblas_sgemm can be loaded from here", hint=f"unset {BLAS_VARIABLE}")
     return Blas("reference", "OpenBLAS was not found")
 
 
@@ -146,9 +142,7 @@ def _candidates() -> Iterator[str]:
     triplet = sysconfig.get_config_var("MULTIARCH")
     folders = [Path(sys.prefix) / "lib"]
     if triplet:
-        folders += [
-            Path(f"/usr/lib/{triplet}/openblas-{threads}") for threads in ("pthread", "openmp", "serial")
-        ]
+        folders += [Path(f"/usr/lib/{triplet}/openblas-{threads}") for threads in ("pthread", "openmp", "serial")]
     folders += [Path(folder) for folder in _FOLDERS]
     for folder in folders:
         for name in _SONAMES:

@@ -15,8 +15,11 @@ from typing import Any
 from mlxquant.errors import UsageError
 from mlxquant.run.sampling import Sampling
 
-# As in mlx-lm; also what the budget's scratch is reckoned for.
+# Prompt tokens fed at once. On a GPU as in mlx-lm. On a CPU attention makes its score matrix, so that smaller
+# chunks need a fraction of the memory (SmolLM2-135M at 2048 tokens: 50 MB of scratch instead of 230) at no
+# less speed.
 PREFILL_STEP = 2048
+CPU_PREFILL_STEP = 512
 # MLX keeps the buffers of growing caches for reuse; now and then they are given back.
 _TOKENS_BETWEEN_CLEARS = 256
 
@@ -46,11 +49,12 @@ class Stats:
     @property
     def decode_rate(self) -> float:
         """Tokens per second of those after the first, which belongs to prefill."""
-        return (
-            (self.generated_tokens - 1) / self.decode_s
-            if self.decode_s and self.generated_tokens > 1
-            else 0.0
-        )
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s and self.generated_tokens > 1 else 0.0
+
+
+def default_prefill_step(device_kind: str) -> int:
+    """For 'cpu' or 'gpu'."""
+    return CPU_PREFILL_STEP if device_kind == "cpu" else PREFILL_STEP
 
 
 class Generation(Iterator[Token]):
@@ -82,9 +86,7 @@ class Generation(Iterator[Token]):
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"{max_tokens} tokens cannot be generated", hint="ask for one or more")
         if prefill_step < 1:
-            raise UsageError(
-                f"a prefill step of {prefill_step} tokens makes no headway", hint="use 512 or 2048"
-            )
+            raise UsageError(f"a prefill step of {prefill_step} tokens makes no headway", hint="use 512 or 2048")
         self.stats = Stats(prompt_tokens=len(tokens))
         self.fed: list[int] = []
         self.finish: str | None = None

@@ -89,9 +89,7 @@ def load_model(
         raise UsageError(f"{expand!r} is no way to expand weights", hint="use auto, on or off")
     on_cpu = mx.default_device().type == mx.cpu
     if expand == "on" and not on_cpu:
-        raise UsageError(
-            "weights are expanded on a CPU device only", hint="add --device cpu, or leave --expand out"
-        )
+        raise UsageError("weights are expanded on a CPU device only", hint="add --device cpu, or leave --expand out")
     loaded = _open_gguf(path) if path.suffix == ".gguf" and path.is_file() else _open_folder(path)
     if on_cpu:
         _expand(loaded, expand, memory_bytes)

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mlxquant.errors import UsageError
 from mlxquant.run import budget as budgets
 from mlxquant.run.budget import Budget, Reckoned, Shape
 from mlxquant.run.cache import CachePlan, plan_cache
 from mlxquant.run.device import Device
-from mlxquant.run.generate import PREFILL_STEP
+from mlxquant.run.generate import default_prefill_step
 from mlxquant.run.model import LoadedModel, load_model
 from mlxquant.run.text import Text
 
 DEFAULT_CONTEXT_TOKENS = 8192
+MAX_CONTEXT_TOKENS = 2**24  # nothing is made for more, and the budget replays a run chunk by chunk
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Ready:
     plan: CachePlan
     budget: Budget
     context_tokens: int
+    prefill_step: int
     notes: tuple[str, ...]
 
 
@@ -48,24 +51,26 @@ def make_ready(
     expand: str = "auto",
     context_tokens: int | None = None,
     options: CacheOptions | None = None,
-    prefill_step: int = PREFILL_STEP,
+    prefill_step: int | None = None,
     force: bool = False,
 ) -> Ready:
     """Loads `path`, whose tokenizer `text` is, for a context of so many tokens. Raises MemoryBudgetError
     before any weight is read.
 
+    prefill_step None: 512 on a CPU, 2048 on a GPU.
     context_tokens None: 8192, or what the model was made for if that is less.
     """
     options = options or CacheOptions()
+    step = prefill_step or default_prefill_step(device.kind)
     loaded = load_model(path, expand=expand, lazy=True, memory_bytes=device.machine.working_set_bytes)
     plan = _plan(loaded, options)
     asked = context_tokens or min(loaded.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
+    if asked > MAX_CONTEXT_TOKENS:
+        raise UsageError(f"a context of {asked} tokens is beyond {MAX_CONTEXT_TOKENS}", hint="use a shorter one")
     shape = Shape.of(loaded.config)
 
     def reckoned(tokens: int, chosen: CachePlan = plan) -> Budget:
-        return budgets.reckon(
-            loaded.weight_bytes, chosen, shape, device.machine, device.kind, tokens, min(prefill_step, asked)
-        )
+        return budgets.reckon(loaded.weight_bytes, chosen, shape, device.machine, device.kind, tokens, min(step, asked))
 
     budget = reckoned(asked)
     if not budget.fits:
@@ -75,9 +80,8 @@ def make_ready(
             others[f"--kv-bits {bits}"] = partial(reckoned, chosen=smaller)
         budget = budgets.check(reckoned, asked, force=force, alternatives=others)
     loaded.materialize()
-    return Ready(
-        loaded, text, plan, budget, asked, (*loaded.notes, *plan.notes, *_context_notes(loaded, asked))
-    )
+    notes = (*loaded.notes, *plan.notes, *_context_notes(loaded, asked))
+    return Ready(loaded, text, plan, budget, asked, step, notes)
 
 
 def _plan(loaded: LoadedModel, options: CacheOptions) -> CachePlan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxquant.convert.sidecars import end_ids
+from mlxquant.convert.sidecars import ends_of
 from mlxquant.convert.sources import open_source
 from mlxquant.errors import SourceError, UnsupportedError, UsageError
 
@@ -43,7 +43,7 @@ class Text:
                 for name, content in sidecars.items():
                     (Path(folder) / name).write_bytes(content)
                 tokenizer = _load(Path(folder), path)
-        ids = set(end_ids(source.config, sidecars)) | set(tokenizer.eos_token_ids)
+        ids = set(ends_of(source.config, sidecars).ids) | set(tokenizer.eos_token_ids)
         return cls(tokenizer, tuple(sorted(ids)), path.name)
 
     @property
@@ -57,15 +57,11 @@ class Text:
         A text that brings that token itself (a rendered template) does not get it twice.
         """
         begin = self.tokenizer.bos_token
-        return list(
-            self.tokenizer.encode(text, add_special_tokens=special and not (begin and text.startswith(begin)))
-        )
+        return list(self.tokenizer.encode(text, add_special_tokens=special and not (begin and text.startswith(begin))))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens and spaces included, as the streaming decoder gives it."""
-        return str(
-            self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the model's template writes it. Raises UnsupportedError without one, UsageError

@@ -15,9 +15,7 @@ def folders(tmp_path_factory):
     from tests.tiny import make
 
     root = tmp_path_factory.mktemp("models")
-    return {
-        family: make(root / family, family, tied=family == "qwen2") for family in ("llama", "qwen2", "qwen3")
-    }
+    return {family: make(root / family, family, tied=family == "qwen2") for family in ("llama", "qwen2", "qwen3")}
 
 
 @pytest.fixture(scope="session")

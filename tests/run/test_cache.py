@@ -25,17 +25,14 @@ class Attention(nn.Module):
     def __call__(self, x, cache):
         batch, length, _ = x.shape
         q, k, v = (
-            part.reshape(batch, length, self.heads, -1).swapaxes(1, 2)
-            for part in mx.split(self.qkv(x), 3, axis=-1)
+            part.reshape(batch, length, self.heads, -1).swapaxes(1, 2) for part in mx.split(self.qkv(x), 3, axis=-1)
         )
         mask = create_attention_mask(x, cache)
         if isinstance(cache, CacheList):
             cache = cache[0]
         k, v = cache.update_and_fetch(k, v)
         if self.latent:
-            k = k.swapaxes(-1, -2).swapaxes(
-                -1, -2
-            )  # what MLA does with its rotary key; a quantized cache has none
+            k = k.swapaxes(-1, -2).swapaxes(-1, -2)  # what MLA does with its rotary key; a quantized cache has none
         out = scaled_dot_product_attention(
             q, k, v, cache=cache, scale=1.0, mask=mask, sinks=self.sinks if "sinks" in self else None
         )
@@ -63,9 +60,7 @@ class Mixed(nn.Module):
         dim = 32
         self.embed = nn.Embedding(64, dim)
         self.layers = [
-            Recurrent(dim)
-            if kind == "state"
-            else Attention(dim, 2, head_dim, kind == "sinks", kind == "latent")
+            Recurrent(dim) if kind == "state" else Attention(dim, 2, head_dim, kind == "sinks", kind == "latent")
             for kind in kinds
         ]
         self.kinds = kinds

@@ -46,9 +46,7 @@ def test_quantized_folder_expands_to_exactly_what_its_codes_say(quantized):
     codes = np.array(weights[f"{name}.weight"])
     nibbles = (codes[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     groups = nibbles.reshape(codes.shape[0], -1, 64).astype(np.float32)
-    scale, bias = (
-        np.array(weights[f"{name}.{part}"].astype(mx.float32))[..., None] for part in ("scales", "biases")
-    )
+    scale, bias = (np.array(weights[f"{name}.{part}"].astype(mx.float32))[..., None] for part in ("scales", "biases"))
     wanted = (groups * scale + bias).reshape(codes.shape[0], -1)
     found = np.array(loaded.model.model.layers[0].mlp.down_proj.weight)
     # One rounding of the product may be fused away.
@@ -107,9 +105,7 @@ def test_nvfp4_experts_with_a_scale_each_expand():
     from mlx_lm.models.switch_layers import SwitchLinear
 
     layer = SwitchLinear(64, 32, 3, bias=False)
-    layer.weight = (
-        mx.random.normal((3, 32, 64), key=mx.random.key(0)) * mx.array([1.0, 10.0, 0.1])[:, None, None]
-    )
+    layer.weight = mx.random.normal((3, 32, 64), key=mx.random.key(0)) * mx.array([1.0, 10.0, 0.1])[:, None, None]
     found = decoded(layer.to_quantized(16, 4, mode="nvfp4", global_scale=True))
     for expert in range(3):
         error = mx.abs(found[expert] - layer.weight[expert]).max() / mx.abs(layer.weight[expert]).max()

@@ -45,7 +45,8 @@ def test_ten_turns_cost_prefill_only_for_what_is_new(model, text):
         fed.append(talk._model.tokens - before)
         # What the user added: the end of the last answer's turn, the question, and the opening of the next
         # answer.
-        added = f"<|im_end|>\n<|im_start|>user\nQuestion number {turn}, please?<|im_end|>\n<|im_start|>assistant\n"
+        asked = f"<|im_start|>user\nQuestion number {turn}, please?<|im_end|>\n"
+        added = f"<|im_end|>\n{asked}<|im_start|>assistant\n"
         new.append(len(text.encode(added)))
     answered = [turn.stats.generated_tokens for turn in talk.turns]
     assert all(turn.recomputed is None for turn in talk.turns)
@@ -168,9 +169,7 @@ def test_save_and_load_go_on_where_it_was(model, text, tmp_path):
     assert (other.messages, other.system) == (talk.messages, "Be brief.")
     say(other, "And now?")
     prompt, _ = from_scratch(model, text, other)
-    assert text.decode(prompt) == text.render(
-        [{"role": "system", "content": "Be brief."}, *other.messages[:-1]]
-    )
+    assert text.decode(prompt) == text.render([{"role": "system", "content": "Be brief."}, *other.messages[:-1]])
 
 
 @pytest.mark.parametrize(
@@ -206,9 +205,7 @@ def test_repetition_penalty_sees_the_whole_conversation(model, text):
     say(talk, "Hello there")
     say(talk, "Hello there")
     prompt, _ = from_scratch(model, text, talk)
-    run = generate(
-        model, prompt, plan_cache(model).make(), options["sampling"], max_tokens=6, eos_ids=text.eos_ids
-    )
+    run = generate(model, prompt, plan_cache(model).make(), options["sampling"], max_tokens=6, eos_ids=text.eos_ids)
     assert talk._answered[1][len(prompt) :] == [token.id for token in run]
 
 

