@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +14,11 @@ from mlxquant.cli.resolve import resolve_source
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
 from mlxquant.plan.recipe import RECIPES, settings
-from mlxquant.tensors import FLOAT_CODES
+from mlxquant.tensors import FLOAT_CODES, TensorSpec
 from mlxquant.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
+    from mlxquant.convert.sources import OpenSource
     from mlxquant.plan.plan import Plan
 
 
@@ -101,23 +103,35 @@ def command(
     run(opened, plan, out, resume, restart, force, as_json)
 
 
-def resolve_headers(source: str, revision: str | None):  # type: ignore[no-untyped-def]
+def resolve_headers(source: str, revision: str | None) -> tuple[dict[str, Any], Mapping[str, TensorSpec]]:
     """Config and tensor specs; for a Hub id from its headers alone, without downloading weights."""
-    from mlxquant.cli.resolve import is_hub_id
+    from mlxquant.cli.resolve import is_hub_id, resolve
 
-    if is_hub_id(source):
-        from mlxquant.hub.headers import remote_specs
+    if not is_hub_id(source):
+        from mlxquant.convert.sources import open_source
 
-        remote = remote_specs(source, revision)
-        return remote.config, remote.specs
-    from mlxquant.convert.sources import open_source
+        opened = open_source(resolve(source, revision))
+        return opened.config, opened.specs
+    if source.endswith(".gguf"):
+        from mlxquant.convert.gguf_source import GGUFSource
+        from mlxquant.hub.front import read_front
 
-    opened = open_source(Path(source))
-    return opened.config, opened.specs
+        front, _, _ = read_front(source, revision, GGUFSource, lambda found: found.front_bytes)
+        return front.config, front.specs
+    from mlxquant.hub.headers import remote_specs
+
+    remote = remote_specs(source, revision)
+    return remote.config, remote.specs
 
 
-def run(opened, plan: Plan, out: Path, resume: bool, restart: bool, force: bool, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def run(
+    opened: OpenSource, plan: Plan, out: Path, resume: bool, restart: bool, force: bool, as_json: bool
+) -> None:
     from mlxquant.cli.progress import ByteBar
+    from mlxquant.convert.sidecars import small_files
+
+    # Before the kernels are loaded: parsing a large tokenizer.json takes about as much memory for a moment as they do.
+    small = small_files(opened, plan)
     from mlxquant.convert.to_mlx import to_mlx
 
     if not as_json:
@@ -125,7 +139,9 @@ def run(opened, plan: Plan, out: Path, resume: bool, restart: bool, force: bool,
     began = time.perf_counter()
     try:
         with ByteBar(f"Quantizing to {plan.base.label}", quiet=as_json) as bar:
-            to_mlx(opened, plan, out, resume=resume or None, restart=restart, force=force, progress=bar)
+            to_mlx(
+                opened, plan, out, resume=resume or None, restart=restart, force=force, small=small, progress=bar
+            )
     except KeyboardInterrupt:
         click.echo(f"Stopped. What is done stays in {out}.partial; the same command goes on from there.", err=True)
         raise

@@ -164,7 +164,8 @@ def check_files(written: Written, source: OpenSource | None) -> Check:
             return Check("files", False, f"{name}: {'changed' if path.is_file() else 'missing'} since it was written")
     if source is None:
         return Check("files", True, f"{len(written.manifest['files'])} files unchanged")
-    expected_files = sidecars.written_sidecars(source.config, source.sidecars())
+    files = source.sidecars()
+    expected_files = sidecars.written_sidecars(files, sidecars.ends_of(source.config, files))
     for name, data in expected_files.items():
         if not (folder / name).is_file() or (folder / name).read_bytes() != data:
             return Check("files", False, f"{name}: not the source's")
@@ -188,14 +189,12 @@ def check_head(written: Written) -> Check:
 
 def check_eos(written: Written) -> Check:
     """Stock mlx-lm, reading this folder, must stop at every id that ends an answer."""
-    files = sidecars.folder_sidecars(written.folder.path)
-    config = written.folder.config
-    wanted, stock = set(sidecars.end_ids(config, files)), sidecars.stops_of_stock(config, files)
-    if missing := sorted(wanted - stock):
-        return Check("eos", False, f"stock mlx-lm would not stop at {missing} (stops at {sorted(stock)})")
-    if not wanted:
+    ends = sidecars.ends_of(written.folder.config, sidecars.folder_sidecars(written.folder.path), listed=False)
+    if ends.missed:
+        return Check("eos", False, f"stock mlx-lm would not stop at {ends.missed} (stops at {sorted(ends.stock)})")
+    if not ends.ids:
         return Check("eos", False, "no end-of-sequence id anywhere: answers would never stop")
-    return Check("eos", True, f"stops at {sorted(wanted)}")
+    return Check("eos", True, f"stops at {list(ends.ids)}")
 
 
 def check_weights(written: Written, source: OpenSource, plan: Plan, advance: Callable[[int], None] | None) -> Check:
@@ -229,7 +228,7 @@ def compare(
         w_OI = widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
         error_OI = np.abs(w_OI - decode(stored, tensor.dtype, tensor.codec))
         bound_OG = error_bound(w_OI, tensor.dtype, tensor.codec)
-        over = error_OI.reshape(*bound_OG.shape, -1).max(-1) > bound_OG
+        over = ~(error_OI.reshape(*bound_OG.shape, -1).max(-1) <= bound_OG)  # NaN is over, too
         if over.any():
             row = start + int(np.argwhere(over)[0][0])
             return 1.0, f"row {row} is further from the source than {tensor.codec.label} allows"

@@ -37,6 +37,14 @@ class GGUFSource:
         types = sorted({tensor.type_name for tensor in self._file.tensors.values()})
         self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})}
 
+    @property
+    def front_bytes(self) -> int:
+        """How much of the file config and specs were read from: up to the first tensor, or the end of rope_freqs."""
+        tensors = self._file.tensors
+        if ROPE_FREQS in tensors:
+            return tensors[ROPE_FREQS].offset + tensors[ROPE_FREQS].nbytes
+        return min(tensor.offset for tensor in tensors.values())
+
     def _rope_freqs(self) -> list[float] | None:
         if ROPE_FREQS not in self._file.tensors:
             return None

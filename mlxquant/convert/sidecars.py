@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlxquant import __version__
 from mlxquant.errors import SourceError
 from mlxquant.families.eos import eos_ids, stock_eos
+from mlxquant.families.mlx_config import mlx_config
 from mlxquant.plan.plan import Plan
 from mlxquant.tensors import DTYPES
 
@@ -32,7 +34,17 @@ COPIED = (
     "NOTICE",
 )
 COPIED_PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
+NOT_WRITTEN = ("_name_or_path", "vision_config", "audio_config")
 MAX_SIDECAR_BYTES = 200 * 2**20
+
+
+class Described(Protocol):
+    """What the small files are made from; every OpenSource is one."""
+
+    config: dict[str, Any]
+    origin: dict[str, Any]
+
+    def sidecars(self) -> dict[str, bytes]: ...
 
 
 def folder_sidecars(folder: Path) -> dict[str, bytes]:
@@ -76,34 +88,48 @@ def chat_template(sidecars: Mapping[str, bytes]) -> str:
     return ""
 
 
-def end_ids(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> tuple[int, ...]:
-    """Every id that ends an answer: of the configs, the tokenizer, and the template's end-of-turn tokens."""
-    return eos_ids(
-        config,
-        parse(sidecars, "generation_config.json"),
-        parse(sidecars, "tokenizer_config.json"),
-        parse(sidecars, "tokenizer.json"),
-        chat_template(sidecars),
-    )
+@dataclass(frozen=True)
+class Ends:
+    """ids: every id that ends an answer. stock: those at which stock mlx-lm stops when config.json lists them all."""
+
+    ids: tuple[int, ...]
+    stock: frozenset[int]
+
+    @property
+    def missed(self) -> list[int]:
+        return sorted(set(self.ids) - self.stock)
 
 
-def written_sidecars(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> dict[str, bytes]:
+def ends_of(config: dict[str, Any], files: Mapping[str, bytes], listed: bool = True) -> Ends:
+    """The ends of an answer by config, generation config, tokenizer and template.
+
+    `listed`: reckon as if config.json listed the union, as what we write does; else as it stands.
+    """
+    generation, tokenizer_config = (parse(files, n) for n in ("generation_config.json", "tokenizer_config.json"))
+    tokenizer = parse(files, "tokenizer.json")
+    ids = eos_ids(config, generation, tokenizer_config, tokenizer, chat_template(files))
+    written = config | _eos(ids) if listed else config
+    return Ends(ids, frozenset(stock_eos(written, generation, tokenizer_config, tokenizer)))
+
+
+def written_sidecars(files: Mapping[str, bytes], ends: Ends) -> dict[str, bytes]:
     """The sidecars as they are written: byte for byte, with one exception.
 
     Stock mlx-lm lets generation_config.json's eos_token_id replace config.json's. Where that list is shorter than the
     union, answers would run on, so there (and only there) this one key is rewritten; verify allows nothing else.
     """
-    written = dict(sidecars)
-    union = end_ids(config, sidecars)
-    if not set(union) <= stops_of_stock(config | _eos(union), sidecars):
-        written["generation_config.json"] = _json(parse(sidecars, "generation_config.json") | _eos(union))
+    written = dict(files)
+    if ends.missed:
+        written["generation_config.json"] = _json(parse(files, "generation_config.json") | _eos(ends.ids))
     return written
 
 
-def stops_of_stock(config: dict[str, Any], sidecars: Mapping[str, bytes]) -> set[int]:
-    """Where stock mlx-lm stops, reading these files."""
-    names = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
-    return set(stock_eos(config, *(parse(sidecars, name) for name in names)))
+def small_files(source: Described, plan: Plan) -> dict[str, bytes]:
+    """Everything beside the weights, index and manifest: the sidecars and config.json."""
+    files = source.sidecars()
+    ends = ends_of(source.config, files)
+    config = config_json(source.config, ends, plan, source.origin)
+    return written_sidecars(files, ends) | {"config.json": config}
 
 
 def _eos(ids: tuple[int, ...]) -> dict[str, Any]:
@@ -115,13 +141,14 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def config_json(config: dict[str, Any], sidecars: Mapping[str, bytes], plan: Plan, origin: dict[str, Any]) -> bytes:
-    """The source's config with EOS union, quantization block, dtype and the `mlxquant` block that says how it was made.
+def config_json(config: dict[str, Any], ends: Ends, plan: Plan, origin: dict[str, Any]) -> bytes:
+    """The source's config with EOS union, quantization block, dtype and the `mlxquant` block that says how it was made;
+    and what transformers 5 writes elsewhere, such as rope_theta, where stock mlx-lm looks for it.
 
     `vision_config` and its like go, as stock mlx-lm drops them: loaders take their presence for a vision model.
     """
-    made = {k: v for k, v in config.items() if k not in ("_name_or_path", "vision_config", "audio_config")}
-    made |= _eos(end_ids(config, sidecars))
+    made = {k: v for k, v in mlx_config(config).items() if k not in NOT_WRITTEN}
+    made |= _eos(ends.ids)
     made["torch_dtype"] = DTYPES[plan.dtype].label
     if any(t.codec.quantized for t in plan.tensors):
         made["quantization"] = made["quantization_config"] = plan.quantization_config()

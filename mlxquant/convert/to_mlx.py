@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from mlxquant.codecs.encode import encode
 from mlxquant.codecs.floats import NonFiniteError, widen
 from mlxquant.convert.gather import chunks, refuse_shifted_norms, rows
 from mlxquant.convert.manifest import NAME, manifest
-from mlxquant.convert.sidecars import config_json, written_sidecars
+from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.errors import SourceError
 from mlxquant.files.publish import Workspace
@@ -51,14 +51,17 @@ def to_mlx(
     restart: bool = False,
     force: bool = False,
     shard_bytes: int = LIMIT_BYTES,
+    small: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the MLX folder `out` and returns it.
 
     Peak memory is a few row chunks, whatever the model's size. Killed at any point, the next call goes on from the
-    journal and ends in the same bytes. Raises SourceError (bytes missing, NaN) and TargetError (see Workspace).
+    journal and ends in the same bytes. `small`: small_files(source, plan), where the caller has it already. Raises
+    SourceError (bytes missing, NaN) and TargetError (see Workspace).
     """
     watch = progress or Silent()
+    small = small_files(source, plan) if small is None else small
     refuse_shifted_norms(source, (t.target for t in plan.tensors))
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
     digest = hashlib.sha256(f"{plan.digest()} {shard_bytes} {fingerprint(source)}".encode()).hexdigest()
@@ -72,7 +75,7 @@ def to_mlx(
         watch.start(total, total - sum(map(source_bytes, todo)))
         for tensor in todo:
             stream(source, tensor, work, watch, ahead, behind)
-        write_small_files(source, plan, work, index_json(shards, plan.size))
+        write_small_files(source, plan, work, {**small, INDEX: index_json(shards, plan.size)})
         work.publish()
     return out
 
@@ -146,12 +149,8 @@ def check_finite(raw: Array, dtype: str) -> None:
         raise NonFiniteError(int(finite.argmin()), f"NaN, infinity, or a number too large for {DTYPES[dtype].label}")
 
 
-def write_small_files(source: OpenSource, plan: Plan, work: Workspace, index: bytes) -> None:
-    """Everything but the weights: tokenizer and template byte for byte, config, index, manifest."""
-    sidecars = source.sidecars()
-    small = written_sidecars(source.config, sidecars)
-    small[INDEX] = index
-    small["config.json"] = config_json(source.config, sidecars, plan, source.origin)
-    small[NAME] = manifest(plan, source.origin, work.checksums, small)
+def write_small_files(source: OpenSource, plan: Plan, work: Workspace, small: Mapping[str, bytes]) -> None:
+    """Everything but the weights, and a manifest of all that was written."""
     for name, data in small.items():
         work.write_file(name, data)
+    work.write_file(NAME, manifest(plan, source.origin, work.checksums, small))

@@ -19,6 +19,15 @@ from tests.tiny import FAMILIES, make
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """MLX's Metal kernel rounds halves away from zero and its CPU kernel to even; ours are the CPU's bytes."""
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Source folders by (family, dtype, tied), made once."""
