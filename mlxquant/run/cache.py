@@ -70,14 +70,21 @@ class CachePlan:
                    for slot in self.slots for growth in slot.growths)  # fmt: skip
 
     def table(self) -> list[tuple[str, str, str, int]]:
-        """(layers, kind, reason, bytes per token), one row for each run of layers that are alike."""
-        rows, start = [], 0
-        for slot, group in groupby(self.slots):
-            count = len(list(group))
-            layers = f"{start}-{start + count - 1}" if count > 1 else str(start)
-            rows.append((layers, slot.kind, slot.reason, slot.bytes_per_token * count))
-            start += count
-        return rows
+        """(layers, kind, reason, bytes per token of them all), one row for all layers that are alike."""
+        alike: dict[Slot, list[int]] = {}
+        for layer, slot in enumerate(self.slots):
+            alike.setdefault(slot, []).append(layer)
+        return [
+            (ranges(layers), slot.kind, slot.reason, slot.bytes_per_token * len(layers))
+            for slot, layers in alike.items()
+        ]
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    # Neighbours have the same distance from their place in the list.
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def plan_cache(

@@ -133,9 +133,9 @@ def test_max_kv_size_and_kv_bits_together_say_what_wins():
 
 
 def test_table_joins_layers_that_are_alike():
-    plan = plan_cache(Mixed("sliding", "full", "full", "full", "state"), kv_bits=8)
+    plan = plan_cache(Mixed("sliding", "full", "full", "state", "full"), kv_bits=8)
     rows = plan.table()
-    assert [(row[0], row[1]) for row in rows] == [("0", "sliding"), ("1-3", "quantized"), ("4", "state")]
+    assert [(row[0], row[1]) for row in rows] == [("0", "sliding"), ("1-2, 4", "quantized"), ("3", "state")]
     # Two heads of 64, keys and values: 8-bit codes, and per group of 64 a scale and a bias in float32.
     assert rows[1][3] == 3 * 2 * 2 * (64 + 2 * 4)
     assert rows[0][3] == 2 * 2 * 64 * 4
