@@ -119,20 +119,22 @@ def _open_gguf(path: Path) -> LoadedModel:
     evaluates.
     """
     import mlx.core as mx
-    from mlx.utils import tree_unflatten
     from mlx_lm.utils import _get_classes
 
     from mlxquant.convert.sources import open_source
     from mlxquant.families.mlx_layout import layout
+    from mlxquant.plan.plan import model_dtype, stored_dtype
     from mlxquant.tensors import DTYPES
 
     source = open_source(path)
     targets = layout(source.config, source.specs).targets
+    dtype = model_dtype(source.config, targets)
+    # Decoded blocks come as float32; they are kept in what `convert` would write, or in float32 when expanded.
+    dtypes = {t.name: getattr(mx, DTYPES[stored_dtype(t, dtype)].label) for t in targets}
     try:
         model_class, args_class = _get_classes(source.config)
         model = model_class(args_class.from_dict(source.config))
-        zeros = [(t.name, mx.zeros(t.shape, dtype=getattr(mx, DTYPES[t.dtype].label))) for t in targets]
-        model.update(tree_unflatten(zeros))
+        zeros = [(t.name, mx.zeros(t.shape, dtype=dtypes[t.name])) for t in targets]
         model.load_weights(zeros, strict=True)
     except Exception as error:
         raise _explain(error, source.config, path) from error
@@ -142,7 +144,7 @@ def _open_gguf(path: Path) -> LoadedModel:
     def fill() -> None:
         for target in targets:
             array = gather(source, target)
-            array = array.astype(mx.float32) if loaded.expanded else array
+            array = array.astype(mx.float32 if loaded.expanded else dtypes[target.name])
             mx.eval(array)
             model.load_weights([(target.name, array)], strict=False)
 
