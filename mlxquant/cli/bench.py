@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxquant.cli.resolve import resolve
+from mlxquant.cli.running import engine_options, open_ready, open_text
 from mlxquant.errors import UsageError
 from mlxquant.units import format_bytes
 
@@ -34,28 +36,7 @@ def numbers(text: str, option: str, least: int) -> list[int]:
 @click.option("-d", "--depth", default="0", show_default=True, help="Tokens in the cache beforehand; likewise.")
 @click.option("-r", "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Repetitions of each case.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Run stock mlx-lm on the same folder in turn.")
-@click.option(
-    "--prefill-step", type=click.IntRange(1), default=2048, show_default=True, help="Tokens per prefill chunk."
-)
-@click.option("--max-kv-size", type=int, help="Rotating cache of that many positions.")
-@click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the KV cache where a layer can.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "gpu"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute.",
-)
-@click.option(
-    "--expand",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="On a CPU: weights as float32.",
-)
-@click.option("--wired", is_flag=True, help="Wire the GPU's memory; off because it can panic a Mac under load.")
-@click.option("--revision", help="Branch, tag or commit, when MODEL is a Hub id.")
-@click.option("--force", is_flag=True, help="Run even if the memory budget says it does not fit.")
+@engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line only.")
 def command(
     model: str,
@@ -64,47 +45,28 @@ def command(
     depth: str,
     repeats: int,
     against: str | None,
-    prefill_step: int,
-    max_kv_size: int | None,
-    kv_bits: str | None,
-    device: str,
-    expand: str,
-    wired: bool,
-    revision: str | None,
-    force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Time MODEL: prefill and decode for each prompt size, generated length and cache depth.
 
     The first token's time belongs to prefill. Peak memory is MLX's own, reset for each trial. A table for people, one
     JSON line last.
     """
-    from mlxquant.cli.resolve import resolve
     from mlxquant.measure.speed import bench, cases
     from mlxquant.measure.traffic import bandwidth_bytes_per_s, bytes_per_token
-    from mlxquant.run.device import prepare
-    from mlxquant.run.ready import CacheOptions, make_ready
-    from mlxquant.run.text import Text
 
-    path = resolve(model, revision)
     wanted = cases(numbers(prompt, "--prompt", 1), numbers(generated, "--generate", 2), numbers(depth, "--depth", 0))
+    path = resolve(model, options["revision"])
     stock = stock_rows(path, wanted, repeats) if against else []
-    where = prepare(device, wired=wired)
-    ready = make_ready(
-        path,
-        where,
-        Text.load(path),
-        expand=expand,
-        context_tokens=max(c.depth_tokens + c.prompt_tokens + c.generated_tokens for c in wanted),
-        options=CacheOptions(max_kv_size, int(kv_bits) if kv_bits else None),
-        prefill_step=prefill_step,
-        force=force,
-    )
+    _, where, text = open_text(str(path), options | {"revision": None})
+    longest = max(c.depth_tokens + c.prompt_tokens + c.generated_tokens for c in wanted)
+    ready = open_ready(path, where, text, options, longest)
     loaded, plan = ready.loaded, ready.plan
     bandwidth, bandwidth_source = bandwidth_bytes_per_s(where.machine)
     per_token = bytes_per_token(loaded.model, loaded.config)
     vocabulary = loaded.config.get("vocab_size") or loaded.config["text_config"]["vocab_size"]
-    rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, prefill_step))
+    rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, ready.prefill_step))
     share = [
         row.mean("decode_tok_s") * (per_token + plan.bytes_per_token * (row.case.depth_tokens + row.case.prompt_tokens))
         / bandwidth

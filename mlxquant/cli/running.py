@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: options, opening a model, and what is said about it on stderr."""
+"""What `generate`, `chat` and `bench` share: options, opening a model, and what is said about it on stderr."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ _SAMPLING = (
     click.option("--repetition-context", default=20, show_default=True, help="How many tokens are recent."),
     click.option("--seed", type=int, help="The same seed gives the same answer. Default: a new one each time."),
 )
-_RUNNING = (
+_ANSWER = (
     click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before TEXT. May be repeated."),
     click.option("--context", type=Tokens(), help="Prompt and answer together, such as 8k; memory must suffice."),
+)
+_ENGINE = (
     click.option("--max-kv-size", type=Tokens(), help="Keep so many tokens in the cache, and the first 4."),
     click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the cache, where layers can."),
     click.option(
@@ -52,7 +54,13 @@ _RUNNING = (
         help="Group size of the quantized cache; smaller where the head width asks for it.",
     ),
     click.option("--prefill-step", type=Tokens(), help="Prompt tokens fed at once. Default: GPU 2048, CPU 512."),
-    click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "gpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute.",
+    ),
     click.option(
         "--expand",
         type=click.Choice(["auto", "on", "off"]),
@@ -66,16 +74,20 @@ _RUNNING = (
 )
 
 
-def sampling_options(function: F) -> F:
-    for option in reversed(_SAMPLING):
-        function = option(function)
-    return function
+def _adder(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+    """A decorator that adds these options, in this order."""
+
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
-def running_options(function: F) -> F:
-    for option in reversed(_RUNNING):
-        function = option(function)
-    return function
+sampling_options = _adder(_SAMPLING)
+engine_options = _adder(_ENGINE)
+running_options = _adder(_ANSWER + _ENGINE)
 
 
 def sampling_from(options: dict[str, Any]) -> Sampling:

@@ -195,7 +195,7 @@ def describe(config: dict[str, Any]) -> str:
         return "not quantized"
     exceptions = sum(isinstance(value, dict) or value is False for value in scheme.values())
     text = f"{scheme.get('bits')} bit {scheme.get('mode', 'affine')}, group size {scheme.get('group_size')}"
-    return f"{text}, {exceptions} tensors otherwise" if exceptions else text
+    return f"{text}, {exceptions} layer{'s' if exceptions > 1 else ''} otherwise" if exceptions else text
 
 
 def evaluate(model: Any) -> None:
