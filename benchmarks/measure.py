@@ -50,7 +50,7 @@ def report(name: str, result: dict[str, Any], save: bool) -> None:
     result = {
         "benchmark": name,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]).replace(str(Path.home()), "~"),
+        "command": " ".join(["python", sys.argv[0], *(Path(a).name if "/" in a else a for a in sys.argv[1:])]),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         **result,
     }

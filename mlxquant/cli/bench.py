@@ -95,7 +95,7 @@ def draw(path: Path, ready: Ready, rows: list[Row], share: list[float], stock: l
     for note in ready.notes:
         console.print(f"  note: {note}", highlight=False)
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("", "depth", "prompt", "gen", "first", "prefill tok/s", "decode tok/s", "peak", "limit"):
+    for heading in ("", "depth", "prompt", "gen", "first", "prefill", "decode", "peak", "limit"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for i, row in enumerate(rows):
         table.add_row(*cells("mlxquant", row), f"{share[i]:.0%}")
@@ -104,7 +104,7 @@ def draw(path: Path, ready: Ready, rows: list[Row], share: list[float], stock: l
             ratios = [row.mean(f) / stock[i].mean(f) for f in ("prefill_tok_s", "decode_tok_s")]
             table.add_row("ratio", "", "", "", "", *(f"{r:.2f}x" for r in ratios), "", "", style="bold")
     console.print(table)
-    console.print(f"limit: share of {bandwidth}", highlight=False)
+    console.print(f"prefill and decode in tok/s; limit: share of {bandwidth}", highlight=False)
 
 
 def cells(name: str, row: Row) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,23 +169,22 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json()))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("tensor", "role", "shape", "codec", header_style="bold", box=None, pad_edge=False)
-    table.add_column("bytes", justify="right")
+    rows = [("tensor", "role", "shape", "codec", "bytes")]
     for t in plan.tensors:
         codec = t.codec.label if t.codec.quantized else t.dtype.lower()
-        table.add_row(t.name, t.role.value, "x".join(map(str, t.target.shape)), codec, f"{t.nbytes:,}")
-    console.print(table)
-    console.print()
-    sums = Table("role", header_style="bold", box=None, pad_edge=False)
-    sums.add_column("bytes", justify="right")
-    sums.add_column("share", justify="right")
-    for role, count in plan.bytes_by_role().items():
-        sums.add_row(role, f"{count:,}", f"{count / plan.nbytes:.1%}")
-    sums.add_row("total", f"{plan.nbytes:,}", "100.0%")
-    console.print(sums)
-    console.print()
+        rows.append((t.name, t.role.value, "x".join(map(str, t.target.shape)), codec, f"{t.nbytes:,}"))
+    sums = [("role", "bytes", "share")]
+    sums += [(role, f"{count:,}", f"{count / plan.nbytes:.1%}") for role, count in plan.bytes_by_role().items()]
+    print_columns(rows)
+    print_columns([*sums, ("total", f"{plan.nbytes:,}", "100.0%")], numbers=2)
     print_summary(plan)
+
+
+def print_columns(rows: Sequence[Sequence[str]], numbers: int = 1) -> None:
+    """Aligned, the last `numbers` columns to the right; never cut, as names are what people search for."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        left, right = len(row) - numbers, range(len(row) - numbers, len(row))
+        cells = [text.ljust(width) for text, width in zip(row[:left], widths, strict=False)]
+        click.echo("  ".join([*cells, *(row[i].rjust(widths[i]) for i in right)]))
+    click.echo()
