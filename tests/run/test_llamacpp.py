@@ -92,8 +92,8 @@ def test_the_same_ids_for_a_page_in_several_scripts(demo):
 
 
 def test_log_probabilities_of_the_quantized_file_stay_close(demo):
-    """Over the 20 likeliest next tokens of five prompts: 8-bit activations cost up to a few tenths of a nat on a 135M
-    model; a wrong layout costs whole nats."""
+    """Over the 20 likeliest next tokens of five prompts: 8-bit activations cost 0.09 nats in the mean and 0.34 at most
+    (2026-11-21); a wrong layout costs whole nats."""
     import mlx.core as mx
 
     loaded, text, peer = load_model(demo, expand="on"), Text.load(demo), LlamaCpp(demo)
@@ -105,5 +105,5 @@ def test_log_probabilities_of_the_quantized_file_stay_close(demo):
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
             differences.append(abs(entry["logprob"] - ours[entry["id"]]))
     assert len(differences) == 100
-    assert np.mean(differences) < 0.3
-    assert np.max(differences) < 1.5
+    assert np.mean(differences) < 0.15
+    assert np.max(differences) < 0.6
