@@ -39,18 +39,15 @@ def rows(source: Source, target: Target, start: int, stop: int) -> Array:
     """
     if target.change in WHOLE:
         return _mla_half(source, target)
-    raw = np.concatenate(list(_pieces(source, target, start, stop))) if len(target.pieces) > 1 else None
-    if raw is None:
-        raw = next(_pieces(source, target, start, stop))
-    raw = raw.reshape(stop - start, -1)
+    if _is_reshape(source, target):
+        return _reshaped(source, target)[start:stop]
+    parts = list(_pieces(source, target, start, stop))
+    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return _add_one(raw, target) if target.change == "add_one" else raw
 
 
 def _pieces(source: Source, target: Target, start: int, stop: int) -> Iterator[Array]:
     """The parts of start..stop that lie in each piece, in order."""
-    if len(target.pieces) == 1 and _is_reshape(source, target):
-        yield source.read_rows(target.pieces[0].source, 0, source.specs[target.pieces[0].source].rows)
-        return
     offset = 0
     for piece in target.pieces:
         first, last = max(start, offset), min(stop, offset + piece.count)
@@ -60,9 +57,13 @@ def _pieces(source: Source, target: Target, start: int, stop: int) -> Iterator[A
 
 
 def _is_reshape(source: Source, target: Target) -> bool:
-    """A convolution's (C, 1, K) -> (C, K, 1): same bytes, other width; small, so read whole."""
-    width = target.shape[-1] if target.shape else 1
-    return source.specs[target.pieces[0].source].width != width
+    return source.specs[target.pieces[0].source].width != (target.shape[-1] if target.shape else 1)
+
+
+def _reshaped(source: Source, target: Target) -> Array:
+    """A convolution's (C, 1, K) -> (C, K, 1): the same bytes in rows of another width; small, so read whole."""
+    name = target.pieces[0].source
+    return source.read_rows(name, 0, source.specs[name].rows).reshape(-1, target.shape[-1])
 
 
 def _read(source: Source, piece: Piece, first: int, last: int) -> Array:
