@@ -146,7 +146,7 @@ def check_finite(raw: Array, dtype: str) -> None:
     """The quantizing kernels look while they work; what is only copied is looked at here."""
     finite = np.isfinite(widen(raw, dtype)).reshape(len(raw), -1).all(axis=1)
     if not finite.all():
-        raise NonFiniteError(int(finite.argmin()), f"NaN, infinity, or a number too large for {DTYPES[dtype].label}")
+        raise NonFiniteError(int(np.argmin(finite)), f"NaN, infinity, or a number too large for {DTYPES[dtype].label}")
 
 
 def write_small_files(source: OpenSource, plan: Plan, work: Workspace, small: Mapping[str, bytes]) -> None:

@@ -79,9 +79,12 @@ class InputFile:
             return
         view, done = array.reshape(-1).view(np.uint8).data, 0
         with self.open() as fd:
+            # Not preadv: macOS has it since version 11 only, and some Python builds there go without. The descriptor
+            # is this call's own, so its position is, too.
+            os.lseek(fd, offset, os.SEEK_SET)
             while done < len(view):
                 try:
-                    got = os.preadv(fd, [view[done : done + _ONE_READ_BYTES]], offset + done)
+                    got = os.readv(fd, [view[done : done + _ONE_READ_BYTES]])
                 except OSError as exc:
                     raise _unreadable(self.path, exc) from exc
                 if not got:

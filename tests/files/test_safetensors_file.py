@@ -71,6 +71,13 @@ def test_a_few_rows(saved, start, stop):
     assert np.array_equal(SafetensorsFile(saved).read_rows("a", start, stop), TENSORS["a"][start:stop])
 
 
+def test_rows_are_read_where_the_system_has_no_preadv(saved, monkeypatch):
+    """As in some builds of Python for macOS; and in as many reads as it takes."""
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr("mlxquant.files.reading._ONE_READ_BYTES", 7)
+    test_rows_are_the_librarys_bytes(saved)
+
+
 def test_rows_that_do_not_exist(saved):
     file = SafetensorsFile(saved)
     for start, stop in [(-1, 2), (5, 8), (3, 2)]:
