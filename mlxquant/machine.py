@@ -85,7 +85,8 @@ def probe() -> Machine:
 def _probe_mac() -> Machine:
     import mlx.core as mx
 
-    info = mx.device_info(mx.gpu) if mx.metal.is_available() else {}
+    # Not mx.metal.is_available(): that says how MLX was built, and a sandbox may have no Metal device all the same.
+    info = mx.device_info(mx.gpu) if mx.is_available(mx.gpu) else {}
     chip = str(info.get("device_name") or _run("sysctl", "-n", "machdep.cpu.brand_string"))
     memory = int(info.get("memory_size") or _run("sysctl", "-n", "hw.memsize") or 0)
     cores = _mac_gpu_cores()
@@ -103,7 +104,7 @@ def _probe_mac() -> Machine:
 
 
 def _mac_gpu_cores() -> int | None:
-    for line in _run("ioreg", "-l", "-w0", "-c", "AGXAccelerator").splitlines():
+    for line in _run("ioreg", "-r", "-d1", "-w0", "-c", "AGXAccelerator").splitlines():
         if '"gpu-core-count"' in line:
             digits = line.rpartition("=")[2].strip()
             return int(digits) if digits.isdigit() else None
@@ -112,7 +113,9 @@ def _mac_gpu_cores() -> int | None:
 
 def _run(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+        # Device names in the registry need not be UTF-8.
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
+        return done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxquant.errors import UsageError
+from mlxquant.errors import MlxquantError, UsageError
 from mlxquant.machine import Machine, probe
 from mlxquant.units import GIB, MIB
 
@@ -63,7 +63,7 @@ def prepare(device: str = "auto", *, wired: bool = False) -> Device:
     mlx import.
 
     device: 'auto' (the GPU where there is one), 'cpu' or 'gpu'. Raises UsageError for a device that is not
-    there.
+    there, and MlxquantError on a Mac whose session has no Metal device at all.
 
     Limits: MLX frees cached buffers and waits for running work above the memory limit, 95 % of the working
     set, as its own allocator does. Freed buffers that MLX keeps for reuse count in no memory figure of its
@@ -77,6 +77,11 @@ def prepare(device: str = "auto", *, wired: bool = False) -> Device:
     import mlx.core as mx
 
     gpu = mx.is_available(mx.gpu)
+    if mx.metal.is_available() and not gpu:  # built for Metal, it allocates even a CPU's arrays through the device
+        raise MlxquantError(
+            "MLX finds no Metal device in this session, and cannot work without one on a Mac",
+            hint="run it as the user who is logged in at the Mac, outside of any sandbox",
+        )
     if device == "gpu" and not gpu:
         raise UsageError("this MLX has no GPU device", hint="use --device cpu, or a Mac with Apple silicon")
     kind = "gpu" if gpu and device != "cpu" else "cpu"

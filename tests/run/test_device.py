@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlxquant.errors import UsageError
+from mlxquant.errors import MlxquantError, UsageError
 from mlxquant.run import device as devices
 from mlxquant.run.device import cache_limit, prepare
 from mlxquant.units import GIB, MIB
@@ -92,6 +92,16 @@ def test_devices_that_are_not_there():
     if not mx.is_available(mx.gpu):
         with pytest.raises(UsageError, match="no GPU"):
             prepare("gpu")
-    if not mx.metal.is_available():
-        with pytest.raises(UsageError, match="wired"):
-            prepare("cpu", wired=True)
+    with pytest.raises(UsageError, match="wired"):
+        prepare("cpu", wired=True)
+
+
+def test_a_mac_session_without_metal_is_told(monkeypatch):
+    """MLX was built for Metal there, and without a device it cannot even allocate."""
+    import mlx.core as mx
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "is_available", lambda device: device != mx.gpu)
+    with pytest.raises(MlxquantError, match="no Metal device") as caught:
+        prepare("cpu")
+    assert caught.value.hint
