@@ -169,6 +169,7 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.port, params.verbosity = 512, 1, 0, 1
         params.warmup = params.fit_params = False
         params.cpuparams.n_threads = 1
+        params.n_gpu_layers, params.no_op_offload = 0, True  # a virtual Mac's Metal device lacks what llama.cpp needs
         self._server = xllamacpp.Server(params)
 
     def tokenize(self, text: str) -> list[int]:

@@ -32,8 +32,9 @@ def test_streams_text_to_stdout_and_stats_to_stderr(model):
 
 
 def test_json_agrees_with_stock_mlx_lm(model):
-    """The whole way, template to text, against stock's own, in the folder's own dtype."""
-    found = mlxquant("generate", model, "-p", "Hello", "--max-tokens", "20", "--expand", "off", "--json")
+    """The whole way, template to text, against stock's own, in the folder's own dtype and on the same device."""
+    same = ("--expand", "off", "--device", "cpu")
+    found = mlxquant("generate", model, "-p", "Hello", "--max-tokens", "20", *same, "--json")
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout)
     from mlx_lm import load, stream_generate

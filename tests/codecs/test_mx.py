@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -89,8 +91,9 @@ def test_below_the_least_exponent_weights_shrink_where_mlx_blows_them_up(code: s
     ours = encode(raw, code, code, codec)
     same(ours, reference.encode(widen(raw, code), code, codec))
     assert np.abs(decode(ours, code, codec)).max() <= TINIEST[mode]
-    theirs = mlx_quantize(raw, code, code, mode=mode)
-    assert np.nanmax(np.abs(decode((theirs[0], theirs[1]), code, codec))) > 1e30
+    if platform.machine() == "x86_64":  # what C++ leaves undefined comes out otherwise on other processors
+        theirs = mlx_quantize(raw, code, code, mode=mode)
+        assert np.nanmax(np.abs(decode((theirs[0], theirs[1]), code, codec))) > 1e30
 
 
 @pytest.mark.parametrize("mode", MX_MODES)

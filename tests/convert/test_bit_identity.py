@@ -1,4 +1,8 @@
-"""`--recipe uniform` and the mixed recipes write what the real `mlx_lm.convert` writes, bit for bit."""
+"""`--recipe uniform` and the mixed recipes write what the real `mlx_lm.convert` writes, bit for bit.
+
+On the CPU device (tests/conftest.py): MLX's Metal kernel rounds halves away from zero and its CPU kernel to even; ours
+are the CPU's bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +21,6 @@ from mlxquant.plan.recipe import settings
 from tests.tiny import FAMILIES, make
 
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_the_cpu():
-    """MLX's Metal kernel rounds halves away from zero and its CPU kernel to even; ours are the CPU's bytes."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,6 @@
-"""The BLAS must be loaded before any test imports mlx."""
-
 from __future__ import annotations
 
 import pytest
-
-from mlxquant.run.device import prepare
-
-prepare("cpu")
 
 
 @pytest.fixture(scope="session")
