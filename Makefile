@@ -2,6 +2,11 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# The first of these that is 3.11 or later and, on a Mac, not an Intel build: MLX has wheels for no other. macOS itself
+# has 3.9. `make test PYTHON=...` takes another.
+PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+  $$p -c 'import platform as p, sys; sys.exit(sys.version_info < (3, 11) or (p.system(), p.machine()) == ("Darwin", "x86_64"))' \
+  >/dev/null 2>&1 && echo $$p && break; done)
 
 .PHONY: demo test check bench slow clean
 
@@ -32,8 +37,11 @@ $(STAMP): pyproject.toml
 	  uv venv -q --allow-existing --python 3.11 $(VENV) 2>/dev/null || uv venv -q --allow-existing $(VENV); \
 	  uv pip install -q --python $(PY) -e '.[dev]' pip; \
 	else \
-	  echo "Setting up $(VENV) with venv and pip (about a minute)"; \
-	  python3 -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'; \
+	  test -n "$(PYTHON)" || { \
+	    echo "Python 3.11 or later is needed (on a Mac: for Apple silicon), and none is on the PATH."; \
+	    echo "  Next: install it from python.org or with brew, or install uv, which brings its own."; exit 1; }; \
+	  echo "Setting up $(VENV) with $(PYTHON), venv and pip (about a minute)"; \
+	  $(PYTHON) -m venv $(VENV) && $(PY) -m pip install -q --disable-pip-version-check -e '.[dev]'; \
 	fi
 	@touch $(STAMP)
 
