@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tests.tiny import make
 
-# A process that forks a converting child and kills it when the journal has a random number of lines, 20 times. It
-# never imports mlx, so forking is safe; forking spares 20 interpreter starts.
+# A process that forks a converting child and kills it when the journal has a random number of lines, 20 times: forking
+# spares 20 interpreter starts. It never imports mlx and converts nothing itself, so at each fork it has neither threads
+# nor compiled kernels, of which macOS would not promise the child a copy.
 DRIVER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -33,11 +34,18 @@ def lines(out):
     except OSError:
         return 0
 
-def killed(out, at_line, delay):
+def begin(out):
     child = os.fork()
     if child == 0:
         convert(out)
         os._exit(0)
+    return child
+
+def finish(out):
+    assert os.waitpid(begin(out), 0)[1] == 0, "the child failed: see above"
+
+def killed(out, at_line, delay):
+    child = begin(out)
     while lines(out) < at_line:
         if os.waitpid(child, os.WNOHANG)[0]:
             return False
@@ -46,7 +54,7 @@ def killed(out, at_line, delay):
     os.waitpid(child, 0)
     return not out.exists()
 
-convert(scratch / "whole")
+finish(scratch / "whole")
 opened = open_source(source)
 total = len(make_plan(opened.config, opened.specs, settings(bits=4)).tensors)
 mid, out = 0, scratch / "killed"
@@ -56,7 +64,7 @@ for point in points:
     if out.exists():
         break
 if not out.exists():
-    convert(out)
+    finish(out)
 print(json.dumps({"kills_before_the_end": mid, "tensors": total}))
 """
 
