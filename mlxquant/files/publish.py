@@ -27,6 +27,7 @@ from mlxquant.files.reading import plain_name, shown
 from mlxquant.files.shards import Shard, ShardWriter, check_space
 from mlxquant.files.writing import flush, replace_file, target_error, writing
 
+_OWN = {"lock", "journal", "scratch", "model", "replaced"}  # what OUT.partial may hold
 _SMALL_FILES_BYTES = 64 * 2**20  # room left for tokenizer, config, index and journal
 
 
@@ -70,6 +71,7 @@ class Workspace:
         with writing(path):
             _check_out(path, Path(source) if source is not None else None, force)
             work = cls(path, shards, force)
+            _check_partial(work.partial, Path(source) if source is not None else None)
             if path.exists() and not force and not work.partial.exists():
                 raise _exists(path)
         work._take_lock()
@@ -275,6 +277,18 @@ def _check_out(out: Path, source: Path | None, force: bool) -> None:
         raise TargetError(
             f"{out}: is not replaced, since it is no model folder (it has no config.json)",
             hint="remove it yourself or choose another name",
+        )
+
+
+def _check_partial(partial: Path, source: Path | None) -> None:
+    """`restart` empties OUT.partial, so it must be a conversion's, and never what the conversion reads."""
+    if source is not None and source.exists():
+        _check_apart(partial, source)
+    names = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    if "journal" not in names and names - _OWN:
+        raise TargetError(
+            f"{partial}: holds files but no journal, so no conversion made it",
+            hint="move it away or choose another output name",
         )
 
 

@@ -157,9 +157,20 @@ def test_resume_insists_on_something_to_resume(tmp_path):
 def test_a_partial_folder_that_is_not_ours(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/thesis.txt").write_text("")
-    with pytest.raises(TargetError, match="no journal"):
-        opened(tmp_path / "out")
-    assert (tmp_path / "out.partial/thesis.txt").exists()
+    for restart in (False, True):
+        with pytest.raises(TargetError, match="no journal"):
+            opened(tmp_path / "out", restart=restart)
+    assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("where", ["out.partial", "out.partial/model"])
+def test_a_source_named_like_the_partial_folder_is_not_emptied(tmp_path, where):
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    old(tmp_path / where)
+    (tmp_path / "out.partial/journal").write_text("")
+    with pytest.raises(TargetError, match="source"):
+        opened(tmp_path / "out", source=tmp_path / where, restart=True)
+    assert (tmp_path / where / "config.json").exists()
 
 
 def test_a_replacement_killed_between_its_renames_gives_the_old_one_back(tmp_path):
