@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from mlxquant.convert.sources import OpenSource
 from mlxquant.errors import MlxquantError, SourceError
 from mlxquant.families.roles import Role
 from mlxquant.files.hf_folder import HFFolder
+from mlxquant.files.reading import one_line, plain_name, read_json_object, shown
 from mlxquant.plan.plan import Plan, PlannedTensor, make_plan
-from mlxquant.plan.recipe import Settings
+from mlxquant.plan.recipe import Settings, settings
 from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
 
 LABELS = {d.label: d.code for d in DTYPES.values()}
@@ -56,8 +57,9 @@ class Written:
     @property
     def settings(self) -> Settings:
         s = self.manifest["plan"]["settings"]
-        sets = tuple((pattern, parse_codec(codec)) for pattern, codec in s["sets"])
-        return Settings(s["bits"], s["group_size"], s["mode"], s["recipe"], s["dtype"], sets)
+        wanted = {k: s[k] for k in ("bits", "group_size", "mode", "recipe")}
+        dtype = DTYPES[s["dtype"]].label if s["dtype"] else None
+        return settings(**wanted, dtype=dtype, sets=tuple(f"{pattern}={codec}" for pattern, codec in s["sets"]))
 
 
 def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:
@@ -68,6 +70,8 @@ def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:
 def open_written(path: Path) -> Written:
     """Raises SourceError when the folder or its manifest cannot be read."""
     manifest_path = path / NAME
+    if not os.path.exists(path):  # noqa: PTH110 - Path's own raises for a name that is too long
+        raise SourceError(f"{path}: no such folder", hint="verify a folder that `mlxquant convert` wrote")
     if path.is_dir() and not manifest_path.is_file():
         raise SourceError(
             f"{path}: has no {NAME}, so it was not written by mlxquant (or not finished)",
@@ -75,11 +79,23 @@ def open_written(path: Path) -> Written:
         )
     folder = HFFolder(path)
     try:
-        written = Written(folder, json.loads(manifest_path.read_bytes()))
-        _ = written.planned, written.settings, written.manifest["tensors"].items(), written.manifest["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MlxquantError) as error:
-        raise SourceError(f"{manifest_path}: not a manifest ({error!r})", hint="convert again") from error
+        written = Written(folder, read_json_object(manifest_path))
+        check_manifest(written)
+    except (ValueError, LookupError, TypeError, AttributeError, MlxquantError) as error:
+        raise SourceError(f"{manifest_path}: not a manifest: {shown(one_line(error))}", hint="convert again") from error
     return written
+
+
+def check_manifest(written: Written) -> None:
+    """Reads once all that the checks rely on, so that whatever is wrong with a manifest comes out here; names too,
+    for they are opened and printed. Raises all sorts of errors."""
+    manifest = written.manifest
+    _ = written.settings, manifest["plan_sha256"], manifest["tensors"].items(), manifest["files"].items()
+    names = [*written.planned, *written.codecs, *(t["role"] for t in manifest["plan"]["tensors"])]
+    if wrong := [name for name in names if not name.isprintable()]:
+        raise ValueError(f"{shown(wrong[0])} is no name")
+    if wrong := [name for name in manifest["files"] if not all(map(plain_name, name.split("/")))]:
+        raise ValueError(f"{shown(wrong[0])} is no file of this folder")
 
 
 def check_folder(
@@ -87,7 +103,8 @@ def check_folder(
 ) -> Iterator[Check]:
     """Yields each check as it is done; a later one may rest on an earlier one's success, so stop at a broken folder."""
     written = open_written(path)
-    yield check_specs(written)
+    specs = check_specs(written)
+    yield specs
     yield check_config(written)
     yield check_checksums(written, advance)
     yield check_files(written, source)
@@ -101,7 +118,7 @@ def check_folder(
     yield Check(
         "plan", same, "the source gives the same plan" if same else "the source gives another plan: not this source"
     )
-    if same:
+    if same and specs.ok:
         yield check_weights(written, source, plan, advance)
         yield check_norms(written, (source, plan))
 
@@ -110,8 +127,9 @@ def check_specs(written: Written) -> Check:
     """Names, shapes and dtypes in the files against the plan's."""
     found, planned = dict(written.folder.specs), written.planned
     for name in sorted(found.keys() | planned.keys()):
-        if found.get(name) != planned.get(name):
-            return Check("specs", False, f"{name}: found {_show(found.get(name))}, planned {_show(planned.get(name))}")
+        is_, should_be = found.get(name), planned.get(name)
+        if is_ != should_be:
+            return Check("specs", False, f"{shown(name)}: found {_show(is_)}, planned {_show(should_be)}")
     return Check("specs", True, f"{len(found)} tensors as planned, {sum(s.nbytes for s in found.values()):,} bytes")
 
 
@@ -130,9 +148,8 @@ def check_config(written: Written) -> Check:
     base = {k: block.get(k) for k in ("group_size", "bits", "mode")}
     for module, codec in quantized.items():
         if block.get(module, base) != codec.mlx_config():
-            return Check(
-                "config", False, f"{module}: config.json says {block.get(module, base)}, stored as {codec.label}"
-            )
+            says = shown(block.get(module, base))
+            return Check("config", False, f"{module}: config.json says {says}, stored as {codec.label}")
     return Check("config", True, f"{len(quantized)} modules declared as stored")
 
 
@@ -162,6 +179,8 @@ def check_files(written: Written, source: OpenSource | None) -> Check:
         path = folder / name
         if not path.is_file() or sha256(path.read_bytes()) != expected:
             return Check("files", False, f"{name}: {'changed' if path.is_file() else 'missing'} since it was written")
+    if added := sorted(loaded_files(written.folder) - written.manifest["files"].keys()):
+        return Check("files", False, f"{shown(added[0])}: was not written here, and a loader would read it")
     if source is None:
         return Check("files", True, f"{len(written.manifest['files'])} files unchanged")
     files = source.sidecars()
@@ -170,6 +189,13 @@ def check_files(written: Written, source: OpenSource | None) -> Check:
         if not (folder / name).is_file() or (folder / name).read_bytes() != data:
             return Check("files", False, f"{name}: not the source's")
     return Check("files", True, f"{len(expected_files)} files as in the source")
+
+
+def loaded_files(folder: HFFolder) -> set[str]:
+    """What loaders take from the folder beside the weights that the index names; stock mlx-lm reads each
+    model*.safetensors there is, the later one winning."""
+    weights = {path.name for path in folder.path.glob("model*.safetensors")} - {file.path.name for file in folder.files}
+    return weights | {n for n in sidecars.sidecar_names(folder.path) if not n.startswith(("LICENSE", "NOTICE"))}
 
 
 def check_head(written: Written) -> Check:
@@ -245,7 +271,9 @@ def _stored_rows(folder: HFFolder, part: TensorSpec, start: int, stop: int) -> n
 def check_norms(written: Written, against: tuple[OpenSource, Plan] | None) -> Check:
     """The means of the norm weights: a 1 + w shift done twice, or not at all, shows there and nowhere else."""
     tensors = [
-        t for t in written.manifest["plan"]["tensors"] if t["role"] == Role.NORM.value and t["name"].endswith("weight")
+        t
+        for t in written.manifest["plan"]["tensors"]
+        if t["role"] == Role.NORM.value and t["name"].endswith("weight") and t["name"] in written.folder.specs
     ]
     means = {t["name"]: _mean(written.folder, t["name"]) for t in tensors}
     if against:

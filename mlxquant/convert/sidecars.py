@@ -49,9 +49,13 @@ class Described(Protocol):
 
 def folder_sidecars(folder: Path) -> dict[str, bytes]:
     """The folder's tokenizer, template and licence files, name -> bytes. Raises SourceError for an oversized one."""
-    names = [n for n in COPIED if (folder / n).is_file()]
-    names += sorted(str(p.relative_to(folder)) for pattern in COPIED_PATTERNS for p in folder.glob(pattern))
-    return {name: _read(folder / name) for name in names}
+    return {name: _read(folder / name) for name in sidecar_names(folder)}
+
+
+def sidecar_names(folder: Path) -> list[str]:
+    named = [n for n in COPIED if (folder / n).is_file()]
+    found = (p for pattern in COPIED_PATTERNS for p in folder.glob(pattern) if p.is_file())
+    return named + sorted(p.relative_to(folder).as_posix() for p in found)
 
 
 def _read(path: Path) -> bytes:
@@ -138,7 +142,8 @@ def _eos(ids: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # In ASCII, as mlx-lm and transformers write it: half a surrogate pair, which JSON allows, has no UTF-8.
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def config_json(config: dict[str, Any], ends: Ends, plan: Plan, origin: dict[str, Any]) -> bytes:

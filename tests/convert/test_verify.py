@@ -88,7 +88,7 @@ def test_a_flipped_bit(out):
 def test_a_missing_tensor(out):
     rewrite(out, lambda a: a.pop("model.layers.1.mlp.up_proj.scales"))
     edit_json(out / "model.safetensors.index.json", lambda i: i["weight_map"].pop("model.layers.1.mlp.up_proj.scales"))
-    assert "up_proj.scales: found nothing" in failures(out, None)["specs"]
+    assert "up_proj.scales': found nothing" in failures(out, None)["specs"]
 
 
 def test_another_dtype(out):
@@ -174,6 +174,52 @@ def test_a_manifest_that_is_none(out, text):
     (out / "mlxquant.json").write_text(text)
     with pytest.raises(SourceError, match="not a manifest"):
         list(check_folder(out, None))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda m: m.pop("plan_sha256"),
+        lambda m: m["plan"]["settings"].update(mode=[]),
+        lambda m: m["plan"]["settings"].update(recipe="best"),
+        lambda m: m["plan"]["settings"].update(dtype="F99"),
+        lambda m: m["plan"]["settings"].update(sets=[["(", "8g32"]]),
+        lambda m: m["plan"]["tensors"][0].update(name="\x1b[2J"),
+        lambda m: m["plan"]["tensors"][0].update(shape=[]),
+        lambda m: m["plan"]["tensors"][0].pop("role"),
+        lambda m: m["files"].update({"../../outside": "0" * 64}),
+        lambda m: m["files"].update({"n" * 5000: "0" * 64}),
+        lambda m: m["files"].update({"/etc/hostname": "0" * 64}),
+    ],
+)
+def test_a_manifest_of_lies_is_one_line(out, source, lie):
+    edit_json(out / "mlxquant.json", lie)
+    with pytest.raises(SourceError, match="not a manifest") as caught:
+        list(check_folder(out, open_source(source)))
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize("name", ["model-extra.safetensors", "chat_template.jinja", "special_tokens_map.json"])
+def test_a_file_that_was_added(out, name):
+    """Stock mlx-lm would load it, over what we wrote."""
+    shutil.copy(out / "model.safetensors", out / name)
+    assert name in failures(out, None)["files"]
+
+
+def test_files_that_no_loader_reads_may_be_added(out):
+    for name in ("README.md", "LICENSE", "._model.safetensors", ".DS_Store"):
+        (out / name).write_text("")
+    assert not failures(out, None)
+
+
+def test_a_norm_of_another_shape_and_one_that_is_gone(out, source):
+    rewrite(out, lambda a: a.update({"model.norm.weight": a["model.norm.weight"][:5]}))
+    assert failures(out, source).keys() == {"specs"}
+    edit_json(out / "model.safetensors.index.json", lambda index: index["weight_map"].pop("model.norm.weight"))
+    reseal(out, "model.safetensors.index.json")
+    rewrite(out, lambda a: a.pop("model.norm.weight"))
+    assert failures(out, source).keys() == {"specs"}
 
 
 def test_a_folder_of_others(source):
