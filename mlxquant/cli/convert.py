@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def run(
             )
     except KeyboardInterrupt:
         click.echo(f"Stopped. What is done stays in {out}.partial; the same command goes on from there.", err=True)
-        raise
+        sys.exit(130)
     seconds = time.perf_counter() - began
     if as_json:
         click.echo(json.dumps({"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw}))

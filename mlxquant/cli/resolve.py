@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ def is_hub_id(text: str) -> bool:
     """
     from mlxquant.hub.names import parse_id
 
-    return not Path(text).exists() and parse_id(text) is not None
+    return not _exists(Path(text)) and parse_id(text) is not None
+
+
+def _exists(path: Path) -> bool:
+    """False also for a name that no file can have, such as one too long, where Path.exists raises."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
@@ -24,8 +30,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
 
 def resolve_source(source: str, revision: str | None = None) -> tuple[Path, dict[str, Any] | None]:
     """(path, what a converted folder records of its origin; None for a path). Raises UsageError, HubError."""
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's own raises for an unknown ~user
+    if _exists(path):
         if revision:
             raise UsageError(f"--revision {revision} is for Hub ids, and {source} is a path", hint="leave it out")
         return path, None

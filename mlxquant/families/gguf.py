@@ -141,7 +141,7 @@ def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict
             found[hf_name] = Origin(name, shape)
     if unknown := sorted(shapes.keys() - {o.tensor for o in found.values()} - {ROPE_FREQS}):
         raise UnsupportedError(
-            f"GGUF tensor {unknown[0]!r} ({len(unknown)} in all) has no place in a {family.class_name}",
+            f"GGUF tensor {unknown[0]!r:.80} ({len(unknown)} in all) has no place in a {family.class_name}",
             hint="give the model's Hugging Face folder instead",
         )
     return found
@@ -178,7 +178,7 @@ def _family(meta: Metadata) -> tuple[Family, str]:
     arch = meta.text("general.architecture")
     if arch not in FAMILIES:
         raise UnsupportedError(
-            f"GGUF architecture {arch!r} is not supported (supported: {', '.join(FAMILIES)})",
+            f"GGUF architecture {arch!r:.60} is not supported (supported: {', '.join(FAMILIES)})",
             hint="give the model's Hugging Face folder instead",
         )
     return FAMILIES[arch], arch
@@ -187,7 +187,7 @@ def _family(meta: Metadata) -> tuple[Family, str]:
 def _sizes(meta: Metadata, arch: str) -> dict[str, Any]:
     if meta.integer(f"{arch}.expert_count", 0):
         raise UnsupportedError(
-            f"GGUF architecture {arch!r} with {arch}.expert_count > 0 (mixture of experts) is not supported",
+            f"GGUF architecture {arch!r:.60} with {arch}.expert_count > 0 (mixture of experts) is not supported",
             hint="give the model's Hugging Face folder instead",
         )
     hidden, heads, kv_heads = _heads(meta, arch)

@@ -45,7 +45,7 @@ def rope_scaling(
     if kind == "yarn":
         return _yarn(meta, arch, factor)
     raise UnsupportedError(
-        f"GGUF key {arch}.rope.scaling.type: {kind!r} is not supported (linear and yarn are)",
+        f"GGUF key {arch}.rope.scaling.type: {kind!r:.60} is not supported (linear and yarn are)",
         hint=_FOLDER_HINT,
     )
 

@@ -58,7 +58,7 @@ class Vocabulary:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self.ids[t] != i)
-            raise SourceError(f"GGUF key tokenizer.ggml.tokens: {twice!r} is there twice, expected each token once")
+            raise SourceError(f"GGUF key tokenizer.ggml.tokens: {twice!r:.60} is there twice, expected each token once")
         self.kinds = self._kinds(meta)
         ids = token_ids(meta)
         ends = ids.get("eos_token_id")
@@ -103,7 +103,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     model = meta.text("tokenizer.ggml.model")
     if model not in builders:
         raise UnsupportedError(
-            f"GGUF key tokenizer.ggml.model: {model!r} is not supported (supported: {', '.join(builders)})",
+            f"GGUF key tokenizer.ggml.model: {model!r:.60} is not supported (supported: {', '.join(builders)})",
             hint="give the model's Hugging Face folder instead: it has its own tokenizer.json",
         )
     vocabulary = Vocabulary(meta)

@@ -127,11 +127,11 @@ class _Reader:
     def open(cls, config: Mapping[str, Any]) -> _Reader:
         model_type = config.get("model_type")
         if not isinstance(model_type, str):
-            raise SourceError(f"config.json: model_type is {model_type!r}, expected a name such as 'llama'")
+            raise SourceError(f"config.json: model_type is {model_type!r:.60}, expected a name such as 'llama'")
         module = REMAPPING.get(model_type, model_type)
         if module not in FACTS:
             raise UnsupportedError(
-                f"config.json: model_type {model_type!r} is not a family mlxquant knows",
+                f"config.json: model_type {model_type!r:.60} is not a family mlxquant knows",
                 hint=f"known are {', '.join(KNOWN_TYPES)}",
             )
         return cls(model_type, module, text_config(config))
@@ -153,7 +153,7 @@ class _Reader:
         value = self.raw(key)
         if type(value) is not int or not low <= value <= high:
             raise SourceError(
-                f"config.json: {key} is {value!r}, expected a whole number from {low} to {high}"
+                f"config.json: {key} is {value!r:.60}, expected a whole number from {low} to {high}"
             )
         return value
 
@@ -163,7 +163,7 @@ class _Reader:
     def flag(self, key: str) -> bool:
         value = self.raw(key)
         if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {key} is {value!r}, expected true or false")
+            raise SourceError(f"config.json: {key} is {value!r:.60}, expected true or false")
         return bool(value)
 
     def sequence(self, key: str, kind: type, length: int | None = None) -> list[Any] | None:

@@ -160,8 +160,9 @@ def model_dtype(config: dict[str, Any], targets: Iterable[Target]) -> str:
     text = config.get("text_config")
     for block in (config, text if isinstance(text, dict) else {}):
         for key in ("torch_dtype", "dtype"):
-            if block.get(key) in FLOAT_CODES:
-                return FLOAT_CODES[block[key]]
+            named = block.get(key)
+            if isinstance(named, str) and named in FLOAT_CODES:
+                return FLOAT_CODES[named]
     counts: Counter[str] = Counter()
     for target in targets:
         if target.dtype in FLOAT_CODES.values():
@@ -193,7 +194,7 @@ def choose_codecs(
             chosen[target.name] = recipes.mixed(target, base, high, position, shape.layers)
         else:
             chosen[target.name] = recipes.balanced(target, roles[target.name], base)
-    check_sets_used(targets, settings)
+    check_sets_used(targets, settings, shape)
     return chosen
 
 
@@ -207,12 +208,18 @@ def require_fit(target: Target, codec: Codec) -> Codec:
     return codec
 
 
-def check_sets_used(targets: tuple[Target, ...], settings: Settings) -> None:
-    """A pattern that matches nothing is a typing error, not a wish."""
+def check_sets_used(targets: tuple[Target, ...], settings: Settings, shape: ModelShape) -> None:
+    """A pattern that matches nothing, or nothing that it could change, is a typing error, not a wish."""
     for pattern, codec in settings.sets:
-        if not any(recipes.matching_set(t.name, ((pattern, codec),)) for t in targets):
+        matched = [t for t in targets if recipes.matching_set(t.name, ((pattern, codec),))]
+        if not matched:
             raise PlanError(
                 f"--set '{pattern}={codec.label}' matches no tensor", hint="`--dry-run` lists the tensors' names"
+            )
+        if codec.quantized and all(mlx_lm_codec(shape.model_type, t) == KEEP for t in matched):
+            raise PlanError(
+                f"--set '{pattern}={codec.label}' matches only tensors that MLX keeps float, such as {matched[0].name}",
+                hint="leave it out; `--dry-run` lists what is quantized",
             )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.cli.progress import ByteBar
 from tests.cli.runner import mlxquant, refused
 from tests.tiny import make
 
@@ -69,6 +72,25 @@ def test_config_says_how_it_was_made(source, tmp_path):
     assert made["recipe"] == "balanced"
     assert (made["bits"], made["group_size"], made["sets"]) == (3, 64, ["o_proj=8g32"])
     assert len(made["plan_sha256"]) == len(made["source"]["header_sha256"]) == 64
+
+
+def test_a_config_that_is_no_unicode(copy, tmp_path):
+    """JSON may hold half a surrogate pair, which no UTF-8 can."""
+    config = json.loads((copy / "config.json").read_text()) | {"note": "\ud800 and \u00e9"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert mlxquant("convert", copy, "-o", tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["note"] == config["note"]
+
+
+def test_ctrl_c_is_one_line_and_the_next_run_goes_on(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(ByteBar, "advance", lambda self, nbytes: os.kill(os.getpid(), signal.SIGINT))
+        result = mlxquant("convert", source, "-o", tmp_path / "out")
+    assert result.code == 130
+    assert result.err.strip().splitlines() == [
+        f"Stopped. What is done stays in {tmp_path / 'out'}.partial; the same command goes on from there."
+    ]
+    assert mlxquant("convert", source, "-o", tmp_path / "out", "--resume").code == 0
 
 
 def test_two_runs_write_the_same_bytes(source, tmp_path):
@@ -258,6 +280,8 @@ def test_a_target_that_cannot_be_written(source, tmp_path):
     "arguments",
     [
         ["nowhere-to-be-found", "-o", "x"],
+        ["nowhere-" * 40 + "/x", "-o", "x"],
+        ["~nobody-of-this-name/nowhere-", "-o", "x"],
         ["--mode", "mxfp4", "--bits", "3", "-o", "x"],
         ["--resume", "--restart", "-o", "x"],
         ["--set", "down_proj", "-o", "x"],
@@ -265,7 +289,7 @@ def test_a_target_that_cannot_be_written(source, tmp_path):
     ],
 )
 def test_usage_errors_exit_with_2(source, arguments):
-    arguments = arguments if arguments[:1] == ["nowhere-to-be-found"] else [source, *arguments]
+    arguments = arguments if "nowhere-" in "".join(arguments[:1]) else [source, *arguments]
     assert mlxquant("convert", *arguments).code == 2
 
 

@@ -132,6 +132,7 @@ def test_text_config_and_modalities():
         ("num_key_value_heads", 0), ("tie_word_embeddings", "yes"), ("layer_types", "full"),
         ("layer_types", ["full_attention"]), ("layer_types", [1, 2, 3, 4]), ("max_position_embeddings", 1.5),
         ("model_type", None), ("model_type", 7), ("rms_norm_eps", None), ("text_config", []),
+        ("hidden_size", "9" * 9999), ("model_type", "x" * 9999), ("tie_word_embeddings", [[]] * 999),
     ],
 )  # fmt: skip
 def test_a_config_of_lies_is_one_line_that_names_the_key(key, value):

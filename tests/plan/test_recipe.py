@@ -67,6 +67,24 @@ def test_a_set_that_matches_nothing_is_refused(llama):
         plan_for(llama, sets=("dwon_proj=8g32",))
 
 
+@pytest.mark.parametrize("pattern", ["norm", r"model\.norm", "bias|norm"])
+def test_a_set_that_could_change_nothing_is_refused(llama, pattern):
+    with pytest.raises(PlanError, match="only tensors that MLX keeps float, such as model"):
+        plan_for(llama, sets=(f"{pattern}=8g32",))
+    plan_for(llama, sets=(f"{pattern}=keep",))
+
+
+def test_a_set_may_match_a_norm_beside_what_it_changes(llama):
+    found = codecs(plan_for(llama, sets=("layers.0=8g32",)))
+    assert found["model.layers.0.mlp.down_proj.weight"] == affine(8, 32)
+    assert found["model.layers.0.input_layernorm.weight"] == KEEP
+
+
+@pytest.mark.parametrize("dtype", [["bfloat16"], {}, 16, "float8"])
+def test_a_dtype_of_no_sense_in_the_config_gives_way_to_the_weights(llama, dtype):
+    assert plan_for(llama, {"torch_dtype": dtype}).dtype == "BF16"
+
+
 def test_a_set_whose_group_does_not_divide_is_refused(tmp_path):
     with pytest.raises(PlanError, match=r"width 96 is not a multiple of 64"):
         plan_for(make(tmp_path / "m", width=96), group_size=32, sets=("q_proj=8g64",))
