@@ -73,7 +73,7 @@ def test_a_few_rows(saved, start, stop):
 
 def test_rows_are_read_where_the_system_has_no_preadv(saved, monkeypatch):
     """As in some builds of Python for macOS; and in as many reads as it takes."""
-    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.setattr("mlxquant.files.reading._ONE_READ_BYTES", 7)
     test_rows_are_the_librarys_bytes(saved)
 
