@@ -9,6 +9,9 @@ import click
 
 from mlxquant.errors import VerifyError
 
+# Below this share of same best tokens, what was written rightly is still hardly the same model.
+COARSE_TOP1 = 0.5
+
 
 @click.command()
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
@@ -66,14 +69,14 @@ def logits(source: Path, out: Path) -> tuple[str, bool, str]:
     """
     from mlxquant.convert.checks import open_written
     from mlxquant.errors import MemoryBudgetError
-    from mlxquant.measure.agree import agreement, limit
+    from mlxquant.measure.agree import LIMIT_NATS, agreement
     from mlxquant.run.device import prepare
 
     try:
-        found = agreement(source, out, prepare())
+        found = agreement(source, out, prepare(), open_written(out).stored)
     except MemoryBudgetError as error:
         return "logits", True, f"skipped: {error.message}"
-    bits = min((c.bits for c in open_written(out).codecs.values() if c.quantized), default=8)
-    ok = found.finite and found.kl_nats <= limit(bits)
-    kl = f"KL divergence from the source {found.kl_nats:.4f} nats over {found.tokens} tokens (limit {limit(bits)})"
-    return "logits", ok, f"{kl}, same best token {found.top1:.0%}"
+    drift = f"KL divergence {found.drift_nats:.1e} nats from the source rounded alike (limit {LIMIT_NATS})"
+    cost = f"{found.kl_nats:.4f} from the source itself over {found.tokens} tokens, same best token {found.top1:.0%}"
+    coarse = "; too coarse for this model: use more bits" if found.top1 < COARSE_TOP1 else ""
+    return "logits", found.ok, f"{drift}; {cost}{coarse}"

@@ -55,6 +55,11 @@ class Written:
         return {t["name"]: parse_codec(t["codec"]) for t in self.manifest["plan"]["tensors"]}
 
     @property
+    def stored(self) -> dict[str, tuple[str, Codec]]:
+        """How each weight is held: (dtype of what stays float, codec)."""
+        return {t["name"]: (t["dtype"], parse_codec(t["codec"])) for t in self.manifest["plan"]["tensors"]}
+
+    @property
     def settings(self) -> Settings:
         s = self.manifest["plan"]["settings"]
         wanted = {k: s[k] for k in ("bits", "group_size", "mode", "recipe")}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 
+import mlx.core as mx
 import pytest
 
-from mlxquant.measure.agree import LIMITS, agreement, limit
+from mlxquant.convert.checks import open_written
+from mlxquant.measure.agree import LIMIT_NATS, agreement
 from mlxquant.run.device import prepare
 from tests.cli.runner import mlxquant, refused
 from tests.tiny import make
 
 
 def agree(source, output):
-    return agreement(source, output, prepare("cpu"))
+    return agreement(source, output, prepare("cpu"), open_written(output).stored)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,8 @@ def pair(tmp_path_factory):
 
 
 def test_a_model_agrees_with_itself(pair):
-    found = agree(pair[0], pair[0])
-    assert found.kl_nats == 0.0
+    found = agreement(pair[0], pair[0], prepare("cpu"), {})
+    assert found.kl_nats == found.drift_nats == 0.0
     assert found.top1 == 1.0
     assert found.finite
 
@@ -35,15 +37,46 @@ def test_a_model_agrees_with_itself(pair):
 def test_eight_bits_are_close(pair):
     found = agree(*pair)
     assert 0 < found.kl_nats < 0.02
+    assert found.ok
 
 
 def test_another_model_is_far(pair, tmp_path):
     other = make(tmp_path / "other", "qwen2", seed=3)
-    assert agree(pair[0], other).kl_nats > 10 * agree(*pair).kl_nats
+    found = agree(other, pair[1])
+    assert found.kl_nats > 10 * agree(*pair).kl_nats
+    assert found.drift_nats > LIMIT_NATS
+    assert not found.ok
 
 
-def test_limits_grow_as_bits_fall():
-    assert [limit(b) for b in (8, 6, 5, 4, 3, 2)] == sorted(LIMITS.values())
+@pytest.mark.parametrize(
+    ("family", "dtype", "options"),
+    [
+        ("llama", "float32", ["--bits", "2", "--group-size", "32", "--dtype", "bfloat16"]),
+        ("llama", "bfloat16", ["--mode", "mxfp4"]),
+        ("qwen3_moe", "bfloat16", ["--bits", "3", "--set", "down_proj=keep"]),
+        ("deepseek_v3", "bfloat16", ["--mode", "nvfp4", "--recipe", "uniform"]),
+        ("qwen3_next", "bfloat16", ["--recipe", "uniform"]),
+    ],
+)
+def test_an_honest_output_does_not_drift_however_coarse(family, dtype, options, tmp_path):
+    source = make(tmp_path / "source", family, dtype=dtype)
+    assert mlxquant("convert", source, "-o", tmp_path / "out", *options).code == 0
+    found = agree(source, tmp_path / "out")
+    assert found.kl_nats > 100 * found.drift_nats
+    assert found.drift_nats < 1e-6
+    assert found.ok
+
+
+def test_a_swapped_projection_shows_at_two_bits(tmp_path):
+    """Where the rounding alone moves the answers further than the fault does."""
+    source = make(tmp_path / "source", "llama", layers=4)
+    assert mlxquant("convert", source, "-o", tmp_path / "out", "--bits", "2").code == 0
+    arrays = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    for part in ("weight", "scales", "biases"):
+        gate, up = (f"model.layers.2.mlp.{name}.{part}" for name in ("gate_proj", "up_proj"))
+        arrays[gate], arrays[up] = arrays[up], arrays[gate]
+    mx.save_safetensors(str(tmp_path / "out" / "model.safetensors"), arrays, {"format": "mlx"})
+    assert not agree(source, tmp_path / "out").ok
 
 
 def test_verify_fails_on_logits_when_everything_else_is_in_order(pair, tmp_path):
@@ -52,7 +85,7 @@ def test_verify_fails_on_logits_when_everything_else_is_in_order(pair, tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(out, broken)
     config = json.loads((broken / "config.json").read_text())
-    config["rms_norm_eps"] = 50.0
+    config["rope_theta"] *= 10
     (broken / "config.json").write_text(json.dumps(config))
     manifest = json.loads((broken / "mlxquant.json").read_text())
     from mlxquant.convert.manifest import sha256
