@@ -171,6 +171,13 @@ class LlamaCpp:
         params.cpuparams.n_threads = 1
         params.n_gpu_layers, params.no_op_offload = 0, True  # a virtual Mac's Metal device lacks what llama.cpp needs
         self._server = xllamacpp.Server(params)
+        self._wait_for_its_loop()
+
+    def _wait_for_its_loop(self) -> None:
+        """A server freed before its worker loop has begun misses the stop signal and is joined for ever: on a busy
+        machine the suite then hangs. The loop itself answers /slots, while /tokenize needs none."""
+        with urllib.request.urlopen(self._server.listening_address + "/slots", timeout=120) as answer:
+            answer.read()
 
     def tokenize(self, text: str) -> list[int]:
         """With BOS where the file wants it, control tokens parsed."""
