@@ -105,6 +105,13 @@ def test_a_wrong_weight_with_right_checksums(out, source):
     assert "model.layers.0.mlp.down_proj.weight: row 3" in failures(out, source)["weights"]
 
 
+def test_a_scale_that_is_no_number(out, source):
+    """NaN is not greater than any bound."""
+    name = "model.layers.0.mlp.down_proj.scales"
+    rewrite(out, lambda a: a[name].__setitem__((3, 0), np.nan))
+    assert "model.layers.0.mlp.down_proj.weight: row 3" in failures(out, source)["weights"]
+
+
 def test_swapped_projections(out, source):
     def change(arrays):
         for part in ("weight", "scales", "biases"):
@@ -141,6 +148,13 @@ def test_a_lost_end_of_turn(out):
         edit_json(out / name, lambda c: c.update(eos_token_id=0))
     reseal(out, "config.json", "generation_config.json")
     assert "would not stop at [2]" in failures(out, None)["eos"]
+
+
+def test_no_end_at_all(out):
+    edit_json(out / "tokenizer_config.json", lambda c: [c.pop("eos_token"), c.pop("chat_template")])
+    for name in ("config.json", "generation_config.json"):
+        edit_json(out / name, lambda c: c.pop("eos_token_id"))
+    assert "answers would never stop" in failures(out, None)["eos"]
 
 
 def test_a_changed_tokenizer(out, source):
