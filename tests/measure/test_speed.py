@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -46,6 +47,30 @@ def test_a_case_feeds_depth_then_prompt_then_its_own_tokens():
     assert cache[0].seen == 7 + 10 + 4
     assert trial.ttft_s > 0
     assert trial.prefill_tok_s == pytest.approx(10 / trial.ttft_s)
+
+
+def test_the_first_token_belongs_to_prefill(monkeypatch):
+    """On a clock that only the model moves: 10 s for each call that brings prompt tokens, 1 s for each of its own."""
+    now = [0.0]
+
+    class Slow(Counting):
+        def __call__(self, tokens, cache=None):
+            now[0] += 10.0 if len(self.calls) < 3 else 1.0
+            return super().__call__(tokens, cache)
+
+    monkeypatch.setattr("mlxquant.run.generate.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trial = run_case(Slow(), [Cache()], VOCAB, Case(5, 6, 0), prefill_step=2)
+    # Chunks of 2 and 2, then the last prompt token; the second token's step may be sent off before the first is read.
+    assert trial.ttft_s in (30, 31)
+    assert trial.prefill_tok_s == pytest.approx(5 / trial.ttft_s)
+    assert trial.decode_tok_s == pytest.approx(5 / (now[0] - trial.ttft_s))
+
+
+def test_the_peak_is_each_trials_own():
+    mx.eval(mx.zeros(10_000_000))
+    assert mx.get_peak_memory() >= 40_000_000
+    trial = run_case(Counting(), [Cache()], VOCAB, Case(2, 2, 0), prefill_step=4)
+    assert trial.peak_bytes < mx.get_active_memory() + 20_000_000
 
 
 def test_each_repetition_has_a_fresh_cache_and_other_tokens():
