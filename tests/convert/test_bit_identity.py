@@ -62,8 +62,12 @@ def assert_same(mine: Path, other: Path) -> None:
 
 
 def quantization(folder: Path) -> dict:
-    """The block a loader reads, with each module's entry complete."""
-    return json.loads((folder / "config.json").read_text())["quantization"]
+    """What a loader takes from config.json for each quantized module: its own entry, else the root's."""
+    block = json.loads((folder / "config.json").read_text())["quantization"]
+    root = {key: block[key] for key in ("bits", "group_size", "mode")}
+    modules = [name.removesuffix(".scales") for name in tensors(folder) if name.endswith(".scales")]
+    assert modules
+    return {m: root | block[m] if isinstance(block.get(m), dict) else root for m in modules}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,6 +98,7 @@ def test_mixed_recipes(sources, tmp_path, recipe, tied):
     mine = ours(source, tmp_path / "a", recipe=recipe, group_size=32)
     other = theirs(source, tmp_path / "b", quant_predicate=recipe, q_group_size=32)
     assert_same(mine, other)
+    assert quantization(mine) == quantization(other)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -112,6 +117,7 @@ def test_every_family(sources, tmp_path, family):
     mine = ours(source, tmp_path / "a", recipe="uniform", group_size=32)
     other = theirs(source, tmp_path / "b", q_group_size=32)
     assert_same(mine, other)
+    assert quantization(mine) == quantization(other)
 
 
 def test_the_comparison_can_fail(sources, tmp_path):
