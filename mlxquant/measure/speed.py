@@ -20,6 +20,9 @@ class Case:
     depth_tokens: int
 
 
+WARM_UP = Case(16, 4, 0)  # kernels are compiled and buffers made before anything is timed
+
+
 @dataclass(frozen=True)
 class Trial:
     """One repetition. ttft_s: from the call to the first token, which is prefill's. peak_bytes: MLX's own peak."""
@@ -72,7 +75,7 @@ def bench(
     prefill_step: int = PREFILL_STEP,
 ) -> Iterator[Row]:
     """Yields a Row for each case. A short unmeasured run first warms kernels and buffers."""
-    run_case(model, make_cache(), vocabulary, Case(16, 4, 0), prefill_step)
+    run_case(model, make_cache(), vocabulary, WARM_UP, prefill_step)
     for case in wanted:
         trials = [run_case(model, make_cache(), vocabulary, case, prefill_step, seed) for seed in range(repeats)]
         yield Row(case, tuple(trials))

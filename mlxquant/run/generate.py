@@ -115,7 +115,10 @@ class Generation(Iterator[Token]):
             return
         current = self._step(mx.array(self._tokens[-1:]))
         self.fed.append(self._tokens[-1])
-        first = last = 0.0
+        # Awaited before the next step is dispatched: on a CPU dispatching takes as long as the step itself, which would
+        # count as the prompt's.
+        mx.eval(*current)
+        first = time.perf_counter()
         while True:
             self.intact = False
             final = self._max_tokens is not None and self.stats.generated_tokens + 1 >= self._max_tokens
@@ -124,9 +127,7 @@ class Generation(Iterator[Token]):
             if following:
                 self.fed.append(token.id)
             self.intact = True
-            last = time.perf_counter()
-            first = first or last
-            self._count(first - start, last - first)
+            self._count(first - start, time.perf_counter() - first)
             self.finish = self._finish(token, final)
             if self.finish != "eos":
                 yield token

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 import pytest
 
@@ -106,6 +108,19 @@ def test_next_step_is_dispatched_before_the_last_token_is_given_out():
     run = generate(model, [0], model.make_cache(), max_tokens=3)
     next(run)
     assert len(model.calls) == 2
+
+
+def test_a_step_counts_once_in_prefill_or_in_decode():
+    """Dispatching takes as long as the step on a CPU; sleeping while the graph is built stands for that."""
+
+    def model(tokens_BL, cache):
+        time.sleep(0.1)
+        return Successor()(tokens_BL, cache)
+
+    run = generate(model, [1, 2], Successor().make_cache(), max_tokens=4)
+    list(run)
+    assert 0.2 <= run.stats.prefill_s < 0.3, "one call for all but the last of the prompt, one for that"
+    assert 0.3 <= run.stats.decode_s < 0.4, "three tokens after the first"
 
 
 def test_logprob_is_the_log_softmax():
