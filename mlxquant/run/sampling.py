@@ -130,6 +130,36 @@ def restrict(logprobs_1V: Array, top_p: float = 0.0, min_p: float = 0.0, top_k: 
     return logprobs_1V
 
 
+def suggested(generation_config: dict[str, Any]) -> dict[str, float]:
+    """Sampling's arguments as a generation_config.json has them, {} where it asks for the most likely token.
+
+    As Hugging Face means it, `do_sample` alone is a temperature of 1. A temperature without `do_sample` is taken to be
+    meant, as vLLM does. Numbers that mean nothing are not worth refusing a model for.
+    """
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: generation_config.get(name) for name in names}
+    if generation_config.get("do_sample") is True and found["temperature"] is None:
+        found["temperature"] = 1.0
+    if generation_config.get("do_sample") is False or found["temperature"] is None:
+        return {}
+    numbers = {n: v for n, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    try:
+        Sampling(**(numbers | {"top_k": int(numbers.get("top_k", 0))}))  # type: ignore[arg-type]
+    except (UsageError, ValueError, OverflowError):
+        return {}
+    return numbers
+
+
+def describe(sampling: Sampling) -> str:
+    """'temperature 0.6, top_p 0.95, top_k 20': what is not off."""
+    if sampling.temperature == 0:
+        return "the most likely token"
+    off = Sampling()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = [(name, getattr(sampling, name)) for name in names if getattr(sampling, name) != getattr(off, name)]
+    return ", ".join(f"{name} {value:g}" for name, value in values)
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high or math.isinf(value):
         limits = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxquant.convert.sidecars import ends_of
+from mlxquant.convert.sidecars import ends_of, parse
 from mlxquant.convert.sources import open_source
 from mlxquant.errors import SourceError, UnsupportedError, UsageError
+from mlxquant.run.sampling import suggested
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -22,11 +23,12 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass
 class Text:
-    """One model's tokenizer, chat template and end-of-sequence ids."""
+    """One model's tokenizer, chat template, end-of-sequence ids, and the sampling its generation_config.json wants."""
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
     name: str
+    sampling: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | str) -> Text:
@@ -44,7 +46,7 @@ class Text:
                     (Path(folder) / name).write_bytes(content)
                 tokenizer = _load(Path(folder), path)
         ids = set(ends_of(source.config, sidecars).ids) | set(tokenizer.eos_token_ids)
-        return cls(tokenizer, tuple(sorted(ids)), path.name)
+        return cls(tokenizer, tuple(sorted(ids)), path.name, suggested(parse(sidecars, "generation_config.json")))
 
     @property
     def has_template(self) -> bool:
@@ -54,8 +56,14 @@ class Text:
         """Token ids; `special`: with what the tokenizer puts around a text, such as a beginning-of-sequence
         token.
 
-        A text that brings that token itself (a rendered template) does not get it twice.
+        A text that brings that token itself (a rendered template) does not get it twice. Raises UsageError for what
+        cannot be text: a half of a surrogate pair, or a byte that was no UTF-8.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            line = text[max(error.start - 20, 0) : error.start].rpartition("\n")[2]
+            raise UsageError(f"no UTF-8 after {line!r}", hint="see which encoding the text has") from error
         begin = self.tokenizer.bos_token
         return list(self.tokenizer.encode(text, add_special_tokens=special and not (begin and text.startswith(begin))))
 
@@ -100,6 +108,8 @@ def _load(folder: Path, named: Path) -> Any:
         return load(folder, {"trust_remote_code": False, "local_files_only": True})
     except Exception as error:  # whatever transformers makes of a broken or hostile file; the cause is kept
         reason = (str(error).splitlines() or ["no reason given"])[0]
+        if not (folder / "tokenizer.json").exists():
+            reason = "there is no tokenizer.json"
         raise SourceError(
             f"{named}: its tokenizer cannot be read: {reason}",
             hint="see that tokenizer.json is there and whole",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import UsageError
-from mlxquant.run.sampling import Sampling, penalize, restrict
+from mlxquant.run.sampling import Sampling, penalize, restrict, suggested
 
 P = [0.4, 0.05, 0.3, 0.1, 0.15]
 
@@ -121,3 +121,22 @@ def test_top_p_keeps_at_least_one_token_in_low_precision():
 def test_numbers_that_mean_nothing(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({}, {}),
+        ({"eos_token_id": 2, "top_p": 0.9}, {}),
+        ({"do_sample": False, "temperature": 0.6}, {}),
+        ({"do_sample": True, "top_k": 64}, {"temperature": 1.0, "top_k": 64}),
+        ({"temperature": 0.6, "top_p": 0.95, "min_p": None}, {"temperature": 0.6, "top_p": 0.95}),
+        ({"temperature": "hot"}, {}),
+        ({"temperature": -1}, {}),
+        ({"temperature": math.nan}, {}),
+        ({"temperature": 1, "top_k": math.inf}, {}),
+    ],
+)
+def test_suggested_sampling(config, wanted):
+    assert suggested(config) == wanted
+    Sampling(**suggested(config))

@@ -138,6 +138,13 @@ def fed(stops, pieces):
     return given, guard.finish(), guard.hit
 
 
+def test_missing_tokenizer_is_named(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"m: its tokenizer cannot be read: there is no tokenizer\.json"):
+        Text.load(tmp_path / "m")
+
+
 def test_stop_strings_by_hand():
     assert fed(["END"], ["ab", "cE", "N", "D", "x"]) == (["ab", "c", "", "", ""], "", "END")
     assert fed(["END"], ["abE", "N", "x"]) == (["ab", "", "ENx"], "", None)
