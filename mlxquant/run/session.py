@@ -9,7 +9,7 @@ say so.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,27 @@ from mlxquant.run.text import Message, StopStrings, Text
 
 FORMAT = "mlxquant-chat-1"
 ROLES = ("user", "assistant")
+FULL_CONTEXT_HINT = "/reset forgets all; or /save it and /load it in a chat with a longer --context"
 
 
 @dataclass
 class Turn:
     """One answer: reused_tokens were in the cache already, stats.prompt_tokens were fed. recomputed: why
-    reuse failed.
+    reuse failed. dropped: stopped before its first piece, so that the question left the conversation again.
     """
 
     reused_tokens: int = 0
     stats: Stats = field(default_factory=Stats)
     finish: str | None = None
     recomputed: str | None = None
+    dropped: bool = False
 
 
 class Session:
     """`ask(text)` streams the answer. A stopped answer stays in the conversation as far as it came.
 
     context_tokens: when the conversation with the answer would be longer, the answer is cut; when the
-    question alone fills it, MemoryBudgetError.
+    question alone fills it, MemoryBudgetError. A question stopped before its answer began is forgotten.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Session:
         self.turns: list[Turn] = []
         self.system, self.sampling, self.max_tokens = system, sampling or Sampling(), max_tokens
         self._model, self._text, self._plan = model, text, plan
-        self._context_tokens, self._prefill_step, self._stops = context_tokens, prefill_step, tuple(stops)
+        self.context_tokens, self._prefill_step, self._stops = context_tokens, prefill_step, tuple(stops)
         self._answered: tuple[str, list[int]] = (
             "",
             [],
@@ -74,7 +76,7 @@ class Session:
         *,
         on_progress: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Adds a user message and yields the pieces of the answer. Closing the iterator early is a stop, too."""
         self.messages.append({"role": "user", "content": message})
         try:
@@ -93,7 +95,7 @@ class Session:
         turn.stats = run.stats
         yield from self._answer(run, turn, prompt, ids)
 
-    def _answer(self, run: Generation, turn: Turn, prompt: str, ids: list[int]) -> Iterator[str]:
+    def _answer(self, run: Generation, turn: Turn, prompt: str, ids: list[int]) -> Generator[str, None, None]:
         stream, stops = self._text.stream(), StopStrings(self._stops)
         pieces: list[str] = []
         answer: list[int] = []
@@ -111,15 +113,23 @@ class Session:
         finally:
             run.close()
             turn.finish = "stop string" if stops.hit else run.finish
+            if turn.finish == "length" and len(answer) != self.max_tokens:
+                turn.finish = "full context"
             self._fed += run.fed
             if not run.intact:
                 self._empty_cache()
-            said = "".join(pieces)
-            self.messages.append({"role": "assistant", "content": said})
-            # Said exactly what the tokens say: the next turn goes on from them instead of tokenizing the text
-            # again.
-            exact = said == self._text.decode(answer)
-            self._answered = (prompt + said, [*ids, *answer]) if exact else ("", [])
+            turn.dropped = turn.finish == "stopped" and not pieces
+            if turn.dropped:
+                self.messages.pop()
+            else:
+                self._close_turn("".join(pieces), answer, prompt, ids)
+
+    def _close_turn(self, said: str, answer: list[int], prompt: str, ids: list[int]) -> None:
+        self.messages.append({"role": "assistant", "content": said})
+        # Said exactly what the tokens say: the next turn goes on from them instead of tokenizing the text
+        # again.
+        exact = said == self._text.decode(answer)
+        self._answered = (prompt + said, [*ids, *answer]) if exact else ("", [])
 
     def _prompt(self) -> tuple[str, list[int]]:
         """The rendered conversation and its tokens.
@@ -137,13 +147,13 @@ class Session:
 
     def _room(self, prompt_tokens: int) -> int | None:
         """How many tokens the answer may have."""
-        if self._context_tokens is None:
+        if self.context_tokens is None:
             return self.max_tokens
-        left = self._context_tokens - prompt_tokens
+        left = self.context_tokens - prompt_tokens
         if left < 1:
             raise MemoryBudgetError(
-                f"the conversation has {prompt_tokens} tokens, the context {self._context_tokens}",
-                hint="start afresh with /reset, or start chat with a longer --context",
+                f"with this question the conversation has {prompt_tokens} tokens, the context {self.context_tokens}",
+                hint=FULL_CONTEXT_HINT,
             )
         return min(left, self.max_tokens) if self.max_tokens else left
 
@@ -171,6 +181,10 @@ class Session:
         self._fed = []
 
     @property
+    def model_name(self) -> str:
+        return self._text.name
+
+    @property
     def cached_tokens(self) -> int:
         return len(self._fed)
 
@@ -193,8 +207,10 @@ class Session:
             "system": self.system,
             "messages": self.messages,
         }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         try:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            # What is no character (a piped byte that was no UTF-8) is written as JSON's own escape.
+            path.write_bytes(text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise TargetError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -203,7 +219,7 @@ class Session:
         model it was held with. Raises SourceError, and leaves this conversation as it is."""
         content = _read(path)
         self.reset()
-        self.system = content["system"]
+        self.system = content.get("system")
         self.messages = [{"role": m["role"], "content": m["content"]} for m in content["messages"]]
         return str(content["model"]) if content.get("model") else None
 
@@ -245,6 +261,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise SourceError(
                 f"{path}: message {i + 1} is not text from the {wanted}", hint="user and assistant take turns"
             )
+    if len(messages) % 2:
+        raise SourceError(f"{path}: its last question has no answer", hint="user and assistant take turns")
     return content
 
 

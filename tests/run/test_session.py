@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlxquant.errors import MemoryBudgetError, SourceError, TargetError
+from mlxquant.errors import MemoryBudgetError, SourceError, TargetError, UsageError
 from mlxquant.run.cache import plan_cache
 from mlxquant.run.generate import generate
 from mlxquant.run.model import load_model
@@ -96,6 +96,19 @@ def test_stop_flag_ends_the_answer(model, text):
     assert talk.turns[-1].stats.generated_tokens < 5
 
 
+def test_question_stopped_before_its_answer_is_forgotten(model, text):
+    talk = session(model, text)
+    say(talk, "Hello")
+    messages = list(talk.messages)
+    assert "".join(talk.ask("A question", stop=lambda: True)) == ""
+    assert talk.turns[-1].dropped
+    assert talk.messages == messages
+    say(talk, "Another")
+    prompt, wanted = from_scratch(model, text, talk)
+    assert text.decode(prompt) == text.render(talk.messages[:-1])
+    assert talk._answered[1] == prompt + wanted
+
+
 def test_stop_string_is_not_said(model, text):
     free = say(session(model, text, max_tokens=12), "Tell me")
     middle = free[len(free) // 2 : len(free) // 2 + 2]
@@ -152,7 +165,7 @@ def test_reset_and_system(model, text):
 def test_context_ends_answers_and_refuses_questions(model, text):
     talk = session(model, text, max_tokens=None, context_tokens=30)
     say(talk, "Hello")
-    assert talk.turns[-1].finish in ("length", "eos")
+    assert talk.turns[-1].finish == "full context"
     assert talk.turns[-1].stats.prompt_tokens + talk.turns[-1].stats.generated_tokens <= 30
     messages = list(talk.messages)
     with pytest.raises(MemoryBudgetError, match="the context 30"):
@@ -177,6 +190,7 @@ def test_save_and_load_go_on_where_it_was(model, text, tmp_path):
     ["", "[]", "{}", '{"format": "mlxquant-chat-1"}', '{"format": "mlxquant-chat-1", "messages": [1]}',
      '{"format": "mlxquant-chat-1", "messages": [{"role": "assistant", "content": "x"}]}',
      '{"format": "mlxquant-chat-1", "messages": [{"role": "user", "content": 3}]}',
+     '{"format": "mlxquant-chat-1", "messages": [{"role": "user", "content": "not answered"}]}',
      '{"format": "mlxquant-chat-1", "system": 3, "messages": []}', "[" * 100000],
 )  # fmt: skip
 def test_files_that_are_no_chat(model, text, tmp_path, content):
@@ -188,9 +202,28 @@ def test_files_that_are_no_chat(model, text, tmp_path, content):
     assert len(talk.messages) == 1
 
 
+def test_a_chat_without_a_system_prompt_may_leave_it_out(model, text, tmp_path):
+    (tmp_path / "x.json").write_text('{"format": "mlxquant-chat-1", "messages": []}')
+    talk = session(model, text, system="Be brief.")
+    talk.load(tmp_path / "x.json")
+    assert talk.system is None
+
+
 def test_saving_where_one_cannot(model, text, tmp_path):
     with pytest.raises(TargetError):
         session(model, text).save(tmp_path / "no" / "such" / "folder.json")
+
+
+def test_what_is_no_text_is_refused_and_can_be_saved(model, text, tmp_path):
+    talk = session(model, text)
+    talk.set_system("caf\udce9")
+    with pytest.raises(UsageError, match="no UTF-8 after 'caf'"):
+        say(talk, "Hello")
+    assert talk.messages == []
+    talk.save(tmp_path / "chat.json")
+    other = session(model, text)
+    other.load(tmp_path / "chat.json")
+    assert other.system == "caf\udce9"
 
 
 def test_saved_file_holds_no_path(model, text, tmp_path):
