@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from mlxquant.errors import MlxquantError, UsageError
 from mlxquant.units import format_bytes
 
 if TYPE_CHECKING:
+    from mlxquant.run.ready import Ready
     from mlxquant.run.session import Session
 
 HELP = """\
@@ -32,7 +34,7 @@ HELP = """\
 /stats          tokens, speed and memory so far
 /help           this list
 /exit           leave (or Ctrl-D)
-Ctrl-C stops an answer and keeps the chat. A line that ends in \\ goes on in the next."""
+Ctrl-C stops an answer and keeps the chat, or takes back what is typed. A line that ends in \\ goes on in the next."""
 
 
 @click.command()
@@ -45,21 +47,27 @@ Ctrl-C stops an answer and keeps the chat. A line that ends in \\ goes on in the
 def command(model: str, system: str | None, max_tokens: int | None, always_stats: bool, **options: Any) -> None:
     """Talk to MODEL: a folder, a .gguf file or a Hub id. /help lists the commands.
 
+    Tokens are drawn as the model's generation_config.json says, where it has settings for that; else the most likely is
+    taken. --temp, --top-p and the like each override one of them, and --temp 0 always takes the most likely token.
+
     Without a terminal, each line of stdin is a question, and the answers go to stdout as plain text.
     """
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"{max_tokens} tokens cannot be generated", hint="use --max-tokens 1 or more")
-    sampling = sampling_from(options)
     path, device, text = open_text(model, options)
+    sampling = sampling_from(options, text.sampling)
+    from mlxquant.run.sampling import describe
     from mlxquant.run.session import Session, require_template
 
     require_template(text)
     ready = open_ready(path, device, text, options, options["context"])
     session = Session(
         ready.loaded.model, ready.text, ready.plan, sampling=sampling, system=system, max_tokens=max_tokens,
-        context_tokens=ready.context_tokens, prefill_step=ready.prefill_step, stops=options["stops"],
+        context_tokens=_context(ready, options["context"]), prefill_step=ready.prefill_step, stops=options["stops"],
     )  # fmt: skip
     say_ready(ready, options)
+    if text.sampling:
+        click.secho(f"sampling: {describe(sampling)}", dim=True, err=True)
     if sys.stdin.isatty():
         click.secho(f"{ready.text.name}, {ready.loaded.quantization}. /help lists the commands.", dim=True, err=True)
     failed = talk(session, always_stats)
@@ -80,6 +88,10 @@ def talk(session: Session, always_stats: bool) -> bool:
                 answer(session, line.strip())
                 if always_stats:
                     click.secho(last_turn(session), dim=True, err=True)
+        except KeyboardInterrupt:  # pressed again before the first press could be heeded
+            if not sys.stdin.isatty():
+                raise
+            click.secho("(stopped)", dim=True, err=True)
         except MlxquantError as error:
             from mlxquant.cli.main import draw
 
@@ -89,8 +101,8 @@ def talk(session: Session, always_stats: bool) -> bool:
 
 
 def questions() -> Iterator[str]:
-    """Lines that are not empty, from the terminal (with editing and history) or a pipe. Ctrl-C at the prompt
-    leaves.
+    """Lines that are not empty, from the terminal (with editing and history) or a pipe. Ctrl-C at the prompt takes back
+    what was typed: one that came just after the answer's end must not end the chat.
     """
     on_terminal = sys.stdin.isatty()
     if on_terminal:
@@ -101,6 +113,12 @@ def questions() -> Iterator[str]:
             line = input("> " if not held else ". ") if on_terminal else _next_line()
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if not on_terminal:
+                raise
+            click.secho("\n(Ctrl-D or /exit leaves)", dim=True, err=True)
+            held = ""
+            continue
         held += line
         if held.endswith("\\"):
             held = held[:-1] + "\n"
@@ -116,41 +134,49 @@ def _next_line() -> str:
 
 
 def answer(session: Session, question: str) -> None:
+    from mlxquant.cli.progress import PromptBar
     from mlxquant.run.interrupt import interruptible
 
-    with interruptible() as stop:
-        show(session.ask(question, stop=stop))
+    with (
+        interruptible() as stop,
+        PromptBar() as bar,
+        closing(session.ask(question, on_progress=bar, stop=stop)) as said,
+    ):
+        show(said)
+    if remark := _remark(session):
+        click.secho(remark, dim=True, err=True)
+
+
+def _context(ready: Ready, asked: int | None) -> int:
+    """A cache that keeps its size has room for all that the model was made for."""
+    longest = ready.loaded.context_tokens if ready.plan.bounded and not asked else None
+    return max(ready.context_tokens, longest or 0)
+
+
+def _remark(session: Session) -> str:
+    """What the user should know of the last answer, '' when it ended by itself."""
+    from mlxquant.run.session import FULL_CONTEXT_HINT
+
     turn = session.turns[-1]
-    if turn.recomputed:
-        click.secho(turn.recomputed, dim=True, err=True)
-    if turn.finish == "stopped":
-        click.secho("(stopped)", dim=True, err=True)
+    ends = {
+        "stopped": "(stopped)",
+        "length": f"(cut after --max-tokens {session.max_tokens})",
+        "full context": f"(cut: the context of {session.context_tokens} tokens is full; {FULL_CONTEXT_HINT})",
+    }
+    end = "(stopped before it began: the question is forgotten)" if turn.dropped else ends.get(turn.finish or "", "")
+    return "\n".join(line for line in (turn.recomputed, end) if line)
 
 
 def show(pieces: Iterator[str]) -> None:
     """Markdown that grows on a terminal, plain text elsewhere."""
-    if not sys.stdout.isatty():
-        for piece in pieces:
-            click.echo(piece, nl=False)
-        click.echo()
+    if sys.stdout.isatty():
+        from mlxquant.cli.markdown import show as draw_markdown
+
+        draw_markdown(pieces)
         return
-    from rich.console import Console
-    from rich.live import Live
-    from rich.markdown import Markdown
-
-    text = ""
-    # While it grows only the part that fits the screen is shown; the whole answer stays when it is done.
-    with Live(console=Console(), refresh_per_second=8, vertical_overflow="crop") as live:
-        for piece in pieces:
-            text += piece
-            live.update(Markdown(_tail(text, live.console.height)))
-        live.vertical_overflow = "visible"
-        live.update(Markdown(text), refresh=True)
-
-
-def _tail(text: str, height: int) -> str:
-    """The last lines: a screenful of source is at least a screenful of rendered text, near enough."""
-    return "\n".join(text.split("\n")[-max(height - 2, 1) :])
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
 
 
 def obey(session: Session, line: str) -> bool:
@@ -183,14 +209,16 @@ def _save(session: Session, rest: str) -> str:
 
 def _load(session: Session, rest: str) -> str:
     path = _file(rest, "/load")
-    session.load(path)
-    return f"Loaded {len(session.messages)} messages from {path}."
+    other = session.load(path)
+    said = f"Loaded {len(session.messages)} messages from {path}."
+    return said if other in (None, session.model_name) else f"{said} They were held with {other}."
 
 
 def _stats(session: Session, rest: str) -> str:
+    count = len(session.turns)
     return (
         last_turn(session)
-        + f"\n{len(session.turns)} answers | cache {session.cached_tokens} tokens, "
+        + f"\n{count} answer{'s' if count != 1 else ''} | cache {session.cached_tokens} tokens, "
         + (f"{format_bytes(session.cache_bytes)} | peak memory {format_bytes(_peak_bytes())}")
     )
 
@@ -214,7 +242,10 @@ def last_turn(session: Session) -> str:
 def _file(rest: str, command: str) -> Path:
     if not rest:
         raise UsageError(f"{command} needs a file name", hint=f"{command} chat.json")
-    return Path(rest).expanduser()
+    try:
+        return Path(rest).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{rest}: there is no such user", hint=f"{command} chat.json") from error
 
 
 def _peak_bytes() -> int:

@@ -45,7 +45,9 @@ def command(
 ) -> None:
     """Answer or continue one prompt with MODEL: a folder, a .gguf file or a Hub id.
 
-    The text goes to stdout as it is made, one line of stats to stderr. Ctrl-C ends the answer.
+    The text goes to stdout as it is made, one line of stats to stderr. Ctrl-C ends the answer. Whatever the model's
+    generation_config.json says, the most likely tokens are taken unless --temp is given, so that a script's answers
+    are the same each time.
     """
     if max_tokens < 1:
         raise UsageError(f"{max_tokens} tokens cannot be generated", hint="use --max-tokens 1 or more")
@@ -66,13 +68,14 @@ def command(
     ready = open_ready(path, device, text, options, options["context"] or needed)
     if not as_json:
         say_ready(ready, options)
+    from mlxquant.cli.progress import PromptBar
     from mlxquant.run.generate import generate
     from mlxquant.run.interrupt import interruptible
 
-    with interruptible() as stop:
+    with interruptible() as stop, PromptBar() as bar:
         run = generate(
             ready.loaded.model, tokens, ready.plan.make(), sampling, max_tokens=max_tokens,
-            eos_ids=ready.text.eos_ids, prefill_step=ready.prefill_step, stop=stop,
+            eos_ids=ready.text.eos_ids, prefill_step=ready.prefill_step, stop=stop, on_progress=bar,
         )  # fmt: skip
         report(*stream(run, ready, options["stops"], as_json), as_json)
 
@@ -142,8 +145,10 @@ def report(run: Generation, ids: list[int], text: str, stopped: bool, as_json: b
 
 
 def _prompt(given: str | None) -> str:
-    if given is not None and given != "-":
-        return given
-    if sys.stdin.isatty():
-        raise UsageError("there is no prompt", hint="give one with -p, or pipe it in")
-    return sys.stdin.read()
+    if given is None or given == "-":
+        if sys.stdin.isatty():
+            raise UsageError("there is no prompt", hint="give one with -p, or pipe it in")
+        given = sys.stdin.read()
+    if not given.strip():
+        raise UsageError("the prompt is empty", hint="give one with -p, or pipe it in")
+    return given

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -48,6 +51,7 @@ def group() -> None:
 
 def main() -> None:
     """Runs the command line. Our own errors are one line and a hint; Ctrl-C is 130; a traceback is a bug of ours."""
+    _open_stdin()
     try:
         group(standalone_mode=False, prog_name="mlxquant")
     except MlxquantError as error:
@@ -64,6 +68,14 @@ def main() -> None:
         # would complain on the closed pipe, so leave without it.
         sys.stderr.close()
         sys.exit(0)
+
+
+def _open_stdin() -> None:
+    """A closed stdin (`<&-`) is an empty one. Bytes that are no UTF-8 are for whoever reads the text to refuse."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - stays open as stdin does
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def draw(error: MlxquantError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
@@ -47,3 +49,40 @@ class ByteBar:
 
     def advance(self, nbytes: int) -> None:
         self._progress.advance(self._task, nbytes)
+
+
+# Below this a prompt is read before a bar could be.
+_LONG_PROMPT_TOKENS = 1024
+
+
+class PromptBar:
+    """A bar that counts the tokens of a long prompt and is gone when the first token comes: what `generate` calls with
+    (tokens done, tokens). A context manager, as a prompt may be stopped.
+    """
+
+    def __init__(self) -> None:
+        columns = (TextColumn("Reading the prompt"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if total < _LONG_PROMPT_TOKENS or not sys.stderr.isatty():
+            return
+        if done == total:
+            self._progress.stop()
+            return
+        self._progress.start()
+        self._progress.update(self._task, total=total, completed=done)
+
+
+def waiting(label: str) -> AbstractContextManager[object]:
+    """A sign of life while something takes seconds; nothing where nobody watches."""
+    return Console(stderr=True).status(label) if sys.stderr.isatty() else nullcontext()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -31,11 +32,11 @@ class Tokens(click.ParamType):
 
 
 _SAMPLING = (
-    click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 takes the most likely token."),
-    click.option("--top-p", default=0.0, help="Draw from the most likely tokens that make up this share. 0: off."),
-    click.option("--top-k", default=0, help="Draw from so many most likely tokens. 0: off."),
-    click.option("--min-p", default=0.0, help="Drop tokens less likely than this times the best. 0: off."),
-    click.option("--repetition-penalty", default=1.0, help="Above 1: recent tokens become less likely. 1: off."),
+    click.option("--temp", type=float, help="Temperature; 0, the default, takes the most likely token."),
+    click.option("--top-p", type=float, help="Draw from the most likely tokens that make up this share. 0: off."),
+    click.option("--top-k", type=int, help="Draw from so many most likely tokens. 0: off."),
+    click.option("--min-p", type=float, help="Drop tokens less likely than this times the best. 0: off."),
+    click.option("--repetition-penalty", type=float, help="Above 1: recent tokens become less likely. 1: off."),
     click.option("--repetition-context", default=20, show_default=True, help="How many tokens are recent."),
     click.option("--seed", type=int, help="The same seed gives the same answer. Default: a new one each time."),
 )
@@ -90,46 +91,50 @@ engine_options = _adder(_ENGINE)
 running_options = _adder(_ANSWER + _ENGINE)
 
 
-def sampling_from(options: dict[str, Any]) -> Sampling:
-    """Takes its options out of `options`."""
+def sampling_from(options: dict[str, Any], suggested: Mapping[str, Any] = MappingProxyType({})) -> Sampling:
+    """Takes its options out of `options`; those not given are as `suggested`, or off."""
     from mlxquant.run.sampling import Sampling
 
-    return Sampling(
-        temperature=options.pop("temp"),
-        **{name: options.pop(name) for name in (
-            "top_p", "top_k", "min_p", "repetition_penalty", "repetition_context", "seed")},
-    )  # fmt: skip
+    names = ("top_p", "top_k", "min_p", "repetition_penalty", "repetition_context", "seed")
+    given = {"temperature": options.pop("temp")} | {name: options.pop(name) for name in names}
+    return Sampling(**{**suggested, **{name: value for name, value in given.items() if value is not None}})
 
 
 def open_text(model: str, options: dict[str, Any]) -> tuple[Path, Device, Text]:
     """Prepares the device (before anything imports MLX), finds MODEL and reads its tokenizer."""
+    from mlxquant.cli.progress import waiting
     from mlxquant.cli.resolve import resolve
     from mlxquant.run.device import prepare
 
     if options["prefill_step"] == 0:
         raise UsageError("--prefill-step 0 makes no headway", hint="use 512 or 2048")
+    if options.get("context") == 0:
+        raise UsageError("--context 0 has no room for a prompt", hint="use 8k, or leave it out")
     path = resolve(model, options["revision"])
-    device = prepare(options["device"], wired=options["wired"])
-    from mlxquant.run.text import Text
+    with waiting(f"Opening {path.name}"):
+        device = prepare(options["device"], wired=options["wired"])
+        from mlxquant.run.text import Text
 
-    return path, device, Text.load(path)
+        return path, device, Text.load(path)
 
 
 def open_ready(path: Path, device: Device, text: Text, options: dict[str, Any], context_tokens: int | None) -> Ready:
     """Loads the model within the memory budget."""
+    from mlxquant.cli.progress import waiting
     from mlxquant.run.ready import CacheOptions, make_ready
 
     bits = int(options["kv_bits"]) if options["kv_bits"] else None
-    return make_ready(
-        path,
-        device,
-        text,
-        expand=options["expand"],
-        context_tokens=context_tokens,
-        options=CacheOptions(options["max_kv_size"], bits, int(options["kv_group_size"])),
-        prefill_step=options["prefill_step"],
-        force=options["force"],
-    )
+    with waiting(f"Loading {path.name}"):
+        return make_ready(
+            path,
+            device,
+            text,
+            expand=options["expand"],
+            context_tokens=context_tokens,
+            options=CacheOptions(options["max_kv_size"], bits, int(options["kv_group_size"])),
+            prefill_step=options["prefill_step"],
+            force=options["force"],
+        )
 
 
 def say_ready(ready: Ready, options: dict[str, Any]) -> None:

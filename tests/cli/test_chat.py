@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,8 +57,67 @@ def test_a_failed_command_is_told_and_the_chat_goes_on(model):
     found = mlxquant("chat", model, "-n", "2", stdin="/nope\n/load\n/load no.json\nHello\n/stats\n")
     assert found.returncode == 1, "a script must learn of it"
     assert found.stderr.count("Error:") == 3
-    assert "1 answers" in found.stderr
+    assert "1 answer |" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_a_full_context_is_told_with_a_next_step(model, tmp_path):
+    found = mlxquant("chat", model, "--context", "24", "--temp", "5", "--seed", "1", stdin="Hello\nMore\n")
+    assert "(cut: the context of 24 tokens is full; /reset forgets all; or /save it" in found.stderr
+    assert "Error: with this question the conversation has" in found.stderr
+    assert found.returncode == 1
+    found = mlxquant("chat", model, "-n", "2", "--temp", "5", "--seed", "1", stdin="Hello\n")
+    assert "(cut after --max-tokens 2)" in found.stderr
+
+
+def test_a_cache_of_fixed_size_has_room_for_what_the_model_was_made_for(model, tmp_path):
+    folder = tmp_path / "long"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20000}))
+    long = {"role": "user", "content": "word " * 3500}
+    chat = {"format": "mlxquant-chat-1", "messages": [long, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    lines = f"/load {tmp_path / 'chat.json'}\nHello\n"
+    assert "the context 8192" in mlxquant("chat", folder, "-n", "1", stdin=lines).stderr
+    found = mlxquant("chat", folder, "-n", "1", "--max-kv-size", "64", stdin=lines)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_chat_with_another_model_is_told(model, tmp_path):
+    saved = tmp_path / "chat.json"
+    found = mlxquant("chat", model, stdin=f"/save {saved}\n/load {saved}\n/save ~no-such-user/x\n")
+    assert "They were held" not in found.stderr
+    assert "no such user" in found.stderr
+    saved.write_text(saved.read_text().replace("qwen3", "other"))
+    assert "They were held with other." in mlxquant("chat", model, stdin=f"/load {saved}\n").stderr
+
+
+def test_the_models_own_sampling_is_used_told_and_overridden(model, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    own = {"do_sample": True, "temperature": 5.0, "top_k": 100}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+
+    def said(command, *options):
+        stdin = "Hello\n" if command == "chat" else ""
+        return mlxquant(command, folder, "-n", "8", "--seed", "1", *options, stdin=stdin)
+
+    greedy = said("generate", "-p", "Hello").stdout
+    assert "sampling: temperature 5, top_k 100" in said("chat").stderr
+    assert said("chat").stdout != greedy
+    assert said("chat", "--temp", "0").stdout == greedy
+    assert "sampling: the most likely token" in said("chat", "--temp", "0").stderr
+
+
+def test_bytes_that_are_no_utf8_are_refused_in_one_line(model):
+    found = subprocess.run(
+        [sys.executable, "-m", "mlxquant", "chat", str(model), "-n", "2"],
+        input=b"caf\xe9\nHello\n", capture_output=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert b"Error: no UTF-8 after 'caf'" in found.stderr
+    assert b"Traceback" not in found.stderr
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_the_chat(model, tmp_path):
@@ -88,20 +149,28 @@ def test_on_a_terminal_it_prompts_and_draws(model):
 
     def wait_for(text: bytes) -> None:
         nonlocal seen
-        end = time.monotonic() + 120
-        while text not in seen and time.monotonic() < end:
+        end = time.monotonic() + 60
+        while text not in seen and select.select([parent], [], [], max(end - time.monotonic(), 0))[0]:
             try:
                 seen += os.read(parent, 4096)
             except OSError:  # the other side has closed: what Linux says at the end of a terminal
                 break
         assert text in seen, seen
+        seen = seen.partition(text)[2]
 
     wait_for(b"/help lists the commands")
     wait_for(b"> ")
     os.write(parent, b"/stats\n")
     wait_for(b"No answer yet.")
     os.write(parent, b"Hello\n/stats\n")
-    wait_for(b"1 answers")
+    wait_for(b"1 answer |")
+    wait_for(b"> ")
+    os.write(parent, b"half a question")
+    wait_for(b"half a question")
+    time.sleep(1)  # input() heeds a signal while it waits for a key, not while it echoes one
+    process.send_signal(signal.SIGINT)
+    wait_for(b"Ctrl-D or /exit leaves")
+    wait_for(b"> ")
     os.write(parent, b"\x04")
     process.wait(timeout=60)
     os.close(parent)

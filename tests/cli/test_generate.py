@@ -67,6 +67,8 @@ def test_cache_decisions_are_printed(model):
         (["-p", "x", "--temp", "-1"], 2, "temperature"),
         (["-p", "x", "--max-tokens", "0"], 2, "0 tokens"),
         (["-p", "", "--no-template"], 2, "empty"),
+        ([], 2, "empty"),
+        (["-p", "x", "--context", "0"], 2, "--context 0"),
         (["-p", "x", "--context", "5"], 2, "--context is 5"),
         (["-p", "x", "--context", "16M"], 1, "does not fit the memory"),
         (["-p", "x", "--context", "17M"], 2, "is beyond"),
@@ -79,6 +81,12 @@ def test_refusals_are_one_line_and_a_hint(model, args, code, said):
     assert found.returncode == code, found.stderr
     assert said in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_a_closed_stdin_is_an_empty_one(model):
+    line = f"{sys.executable} -m mlxquant generate {model} <&-"
+    found = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=300, check=False)
+    assert (found.returncode, "the prompt is empty" in found.stderr) == (2, True), found.stderr
 
 
 def test_what_is_neither_path_nor_id():
