@@ -42,7 +42,7 @@ def format_bytes(count: float) -> str:
     """Decimal units, three significant digits: 3.55 GB, 98.4 MB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if abs(count) >= 0.9995 * scale:
-            return f"{_three(count / scale)} {unit}"
+            return f"{format_number(count / scale)} {unit}"
     return f"{count:.0f} B"
 
 
@@ -50,11 +50,11 @@ def format_count(count: float) -> str:
     """Parameters and tokens: 135M, 1.54B."""
     for unit, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if abs(count) >= 0.9995 * scale:
-            return f"{_three(count / scale)}{unit}"
+            return f"{format_number(count / scale)}{unit}"
     return f"{count:.0f}"
 
 
-def _three(value: float) -> str:
+def format_number(value: float) -> str:
     """Three significant digits without an exponent, a fraction without trailing zeros: 1, 1.54, 98.4, 512, 1,024."""
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     text = f"{value:,.{digits}f}"
@@ -64,10 +64,10 @@ def _three(value: float) -> str:
 def format_duration(seconds: float) -> str:
     """0.42 s, 12.3 s, 3 min 05 s."""
     if seconds < 60:
-        return f"{_three(seconds)} s"
+        return f"{format_number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_rate(tokens_per_s: float) -> str:
-    return f"{_three(tokens_per_s)} tok/s"
+    return f"{format_number(tokens_per_s)} tok/s"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxquant.cli.progress import waiting
 from mlxquant.cli.resolve import resolve
 from mlxquant.cli.running import engine_options, open_ready, open_text
 from mlxquant.errors import UsageError
-from mlxquant.units import format_bytes
+from mlxquant.units import format_bytes, format_number
 
 if TYPE_CHECKING:
     from mlxquant.measure.speed import Row
@@ -66,9 +67,10 @@ def command(
     bandwidth, bandwidth_source = bandwidth_bytes_per_s(where.machine)
     per_token = bytes_per_token(loaded.model, loaded.config)
     vocabulary = loaded.config.get("vocab_size") or loaded.config["text_config"]["vocab_size"]
-    rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, ready.prefill_step))
+    with waiting(f"Timing {path.name}"):
+        rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, ready.prefill_step))
     share = [
-        row.mean("decode_tok_s") * (per_token + plan.bytes_per_token * (row.case.depth_tokens + row.case.prompt_tokens))
+        row.mean("decode_tok_s") * (per_token + plan.held_bytes(row.case.depth_tokens + row.case.prompt_tokens))
         / bandwidth
         for row in rows
     ]  # fmt: skip
@@ -83,7 +85,8 @@ def stock_rows(path: Path, wanted: Any, repeats: int) -> list[Row]:
 
     if path.suffix == ".gguf":
         raise UsageError(f"{path}: stock mlx-lm reads no GGUF file", hint="convert it first, then bench the folder")
-    return run(path, wanted, repeats)
+    with waiting(f"Timing {path.name} under stock mlx-lm, in a process of its own"):
+        return run(path, wanted, repeats)
 
 
 def draw(path: Path, ready: Ready, rows: list[Row], share: list[float], stock: list[Row], bandwidth: str) -> None:
@@ -109,7 +112,7 @@ def draw(path: Path, ready: Ready, rows: list[Row], share: list[float], stock: l
 
 def cells(name: str, row: Row) -> list[str]:
     def spread(field: str) -> str:
-        return f"{row.mean(field):,.3g} ± {row.deviation(field):.2g}"
+        return f"{format_number(row.mean(field))} ± {format_number(row.deviation(field))}"
 
     case = row.case
     counts = [f"{n:,}" for n in (case.depth_tokens, case.prompt_tokens, case.generated_tokens)]

@@ -63,6 +63,11 @@ class CachePlan:
     def bytes_per_token(self) -> int:
         return sum(slot.bytes_per_token for slot in self.slots)
 
+    def held_bytes(self, tokens: int) -> int:
+        """What attention reads at a depth of `tokens`; a window reads no more than itself."""
+        growths = [growth for slot in self.slots for growth in slot.growths]
+        return sum(g.fixed_bytes + g.position_bytes * min(tokens, g.window or tokens) for g in growths)
+
     @property
     def bounded(self) -> bool:
         """Whether the cache stops growing at some length."""

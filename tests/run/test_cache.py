@@ -120,6 +120,7 @@ def test_max_kv_size_reaches_models_that_make_their_own_cache(folders):
     plan = plan_cache(model, max_kv_size=64)
     assert kinds(plan) == ["rotating", "rotating"]
     assert plan.bounded
+    assert plan.held_bytes(1000) == plan.held_bytes(64) == 2 * plan.held_bytes(32) > 0
     cache = plan.make()
     list(generate(model, list(range(200)), cache, max_tokens=100, prefill_step=32))
     assert [c.nbytes for c in cache] == [64 * slot.bytes_per_token for slot in plan.slots]
