@@ -84,20 +84,29 @@ def load(path: Path, tokens: list[int], device: Device) -> LoadedModel:
 
 
 def round_weights(loaded: LoadedModel, stored: Stored) -> None:
-    """Stock MLX's own rounding, so that ours is not its own judge; on the CPU, where the two are bit-identical."""
+    """Stock MLX's own rounding, so that ours is not its own judge; on the CPU, where the two are bit-identical.
+
+    One weight at a time, and codes before they are expanded, so that it takes no more memory than loading the output.
+    """
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
 
     model = loaded.model
-    arrays = [(n, a.astype(getattr(mx, stored[n][0]))) for n, a in tree_flatten(model.parameters()) if n in stored]
-    model.load_weights(arrays, strict=False)
+    arrays = dict(tree_flatten(model.parameters()))
+    for name in arrays.keys() & stored.keys():
+        array = arrays.pop(name).astype(getattr(mx, stored[name][0]))
+        mx.eval(array)
+        model.load_weights([(name, array)], strict=False)
+    arrays.clear()
+    mx.clear_cache()
     codecs = {name.removesuffix(".weight"): codec for name, (_, codec) in stored.items() if codec.quantized}
     with mx.stream(mx.cpu):
         nn.quantize(model, class_predicate=lambda path, _: codecs[path].mlx_config() if path in codecs else False)
+    evaluate(model)
     if loaded.expanded:
         expand_weights(model)
-    evaluate(model)
+        evaluate(model)
 
 
 def log_probabilities(model: Any, tokens: list[int]) -> Array:
