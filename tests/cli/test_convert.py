@@ -196,6 +196,19 @@ def test_nan_is_refused_by_name(copy, tmp_path, name):
     assert no_trace(tmp_path)
 
 
+def test_norms_that_were_shifted_before_are_refused(tmp_path):
+    """qwen3_next computes with 1 + w; here another tool has added the 1 already and kept the old names of the experts."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = make(tmp_path / "m", "qwen3_next")
+    path = folder / "model.safetensors"
+    shifted = {n: a + 1 if a.ndim == 1 and "norm" in n else a for n, a in load_file(path).items()}
+    save_file({n: a.astype(shifted["lm_head.weight"].dtype) for n, a in shifted.items()}, path)
+    result = mlxquant("convert", folder, "-o", tmp_path / "out", "--group-size", "32")
+    refused(result, "1 + w shift has been applied already", "median of their means 1.")
+    assert no_trace(tmp_path)
+
+
 def test_a_truncated_shard(copy, tmp_path):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])

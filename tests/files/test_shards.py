@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from mlxquant.codecs.spec import affine
 from mlxquant.errors import TargetError
 from mlxquant.files.safetensors_file import read_header
-from mlxquant.files.shards import ShardWriter, assign, check_space, index_json
+from mlxquant.files.shards import LIMIT_BYTES, ShardWriter, assign, check_space, index_json
 from mlxquant.files.writing import flush, target_error, write_all
 from mlxquant.tensors import DTYPES, TensorSpec
 
@@ -109,6 +109,14 @@ def test_laws_of_packing(seed, tmp_path):
             assert len({home[spec.name] for spec in group}) == 1
     files = [home[group[0].name] for group in groups]
     assert files == sorted(files)
+
+
+def test_no_shard_is_longer_than_5_gb():
+    gigabyte = [[TensorSpec(f"{i}.weight", (2**14, 2**14), "F32")] for i in range(12)]
+    shards = assign(gigabyte)
+    assert len(shards) == 3
+    assert all(shard.nbytes <= 5 * 10**9 for shard in shards)
+    assert LIMIT_BYTES == 5 * 10**9
 
 
 def test_names_of_files_and_the_index():
