@@ -197,7 +197,7 @@ def test_nan_is_refused_by_name(copy, tmp_path, name):
 
 
 def test_norms_that_were_shifted_before_are_refused(tmp_path):
-    """qwen3_next computes with 1 + w; here another tool has added the 1 already and kept the old names of the experts."""
+    """qwen3_next computes with 1 + w; here a tool has added the 1 already and left the experts unstacked."""
     from safetensors.numpy import load_file, save_file
 
     folder = make(tmp_path / "m", "qwen3_next")
