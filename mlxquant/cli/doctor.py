@@ -67,7 +67,7 @@ def command(device: str, as_json: bool) -> None:
 
 
 def _device(device: Device) -> list[Finding]:
-    from mlxquant.run.device import INSTALL_OPENBLAS, measured_gflops
+    from mlxquant.run.device import BLAS_VARIABLE, INSTALL_OPENBLAS, measured_gflops
 
     machine, blas = device.machine, device.blas
     cores = f", {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
@@ -82,7 +82,8 @@ def _device(device: Device) -> list[Finding]:
     if device.kind == "gpu":
         value = f"{blas.name}; the GPU does {gflops:.0f} GFLOP/s float32 (512 x 512)"
     if device.kind == "cpu" and not blas.fast:
-        found = Finding("BLAS", value, "matrix products run on one core without vector instructions", INSTALL_OPENBLAS)
+        advice = f"unset {BLAS_VARIABLE}" if os.environ.get(BLAS_VARIABLE) else INSTALL_OPENBLAS
+        found = Finding("BLAS", value, "matrix products run on one core without vector instructions", advice)
     elif device.kind == "cpu" and gflops < SLOW_GFLOPS:
         found = Finding("BLAS", value, "this is slow for a fast BLAS", "see whether other programs use the CPU now")
     else:

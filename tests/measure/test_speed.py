@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
+from mlxquant.cli.bench import cells
 from mlxquant.measure.speed import Case, Row, Trial, bench, cases, run_case, token_ids
 from mlxquant.measure.traffic import active_share, bytes_per_token
 from mlxquant.run.model import load_model
@@ -93,6 +94,11 @@ def test_mean_and_deviation():
     assert row.deviation("prefill_tok_s") == pytest.approx(2**0.5)
     assert row.peak_bytes == 9
     assert row.to_json()["repeats"] == 2
+
+
+def test_fast_rates_have_no_exponent():
+    row = Row(Case(1024, 2, 0), tuple(Trial(0.1, p, 10.0, 5) for p in (12300.0, 12500.0)))
+    assert cells("mlxquant", row) == ["mlxquant", "0", "1,024", "2", "0.10 s", "12,400 ± 141", "10 ± 0", "5 B"]
 
 
 def test_cases_are_the_product():
