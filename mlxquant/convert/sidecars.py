@@ -12,6 +12,7 @@ from mlxquant import __version__
 from mlxquant.errors import SourceError
 from mlxquant.families.eos import eos_ids, stock_eos
 from mlxquant.families.mlx_config import mlx_config
+from mlxquant.files.reading import InputFile
 from mlxquant.plan.plan import Plan
 from mlxquant.tensors import DTYPES
 
@@ -49,7 +50,7 @@ class Described(Protocol):
 
 def folder_sidecars(folder: Path) -> dict[str, bytes]:
     """The folder's tokenizer, template and licence files, name -> bytes. Raises SourceError for an oversized one."""
-    return {name: _read(folder / name) for name in sidecar_names(folder)}
+    return {name: read_small(folder / name) for name in sidecar_names(folder)}
 
 
 def sidecar_names(folder: Path) -> list[str]:
@@ -58,11 +59,12 @@ def sidecar_names(folder: Path) -> list[str]:
     return named + sorted(p.relative_to(folder).as_posix() for p in found)
 
 
-def _read(path: Path) -> bytes:
-    size = path.stat().st_size
-    if size > MAX_SIDECAR_BYTES:
-        raise SourceError(f"{path}: {size} bytes, expected a small file (at most {MAX_SIDECAR_BYTES})")
-    return path.read_bytes()
+def read_small(path: Path) -> bytes:
+    """Raises SourceError for a file that is oversized or cannot be read."""
+    file = InputFile(path)
+    if file.nbytes > MAX_SIDECAR_BYTES:
+        raise SourceError(f"{path}: {file.nbytes} bytes, expected a small file (at most {MAX_SIDECAR_BYTES})")
+    return file.read(0, file.nbytes, "the text")
 
 
 def parse(sidecars: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -186,10 +186,8 @@ class _Build:
             else:
                 unknown.append(spec.name)
         if unknown:
-            count = f"{len(unknown)} tensors" if len(unknown) > 1 else "a tensor"
-            raise UnsupportedError(
-                f"{count} of the source have no place in a {self.shape.model_type} model: {_some(unknown)}"
-            )
+            count = f"{len(unknown)} tensors of the source have" if len(unknown) > 1 else "a tensor of the source has"
+            raise UnsupportedError(f"{count} no place in a {self.shape.model_type} model: {_some(unknown)}")
         return tuple(left)
 
     def reason(self, name: str, config: Mapping[str, Any]) -> str | None:

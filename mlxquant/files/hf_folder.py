@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ class HFFolder:
         if not self.path.is_dir():
             found = "is a file" if self.path.exists() else "does not exist"
             raise SourceError(f"{self.path}: {found}, expected a folder with {CONFIG} and weights in it")
+        if not os.access(self.path, os.R_OK | os.X_OK):
+            raise SourceError(f"{self.path}: cannot be read: Permission denied", hint="ask for read permission")
         self.config: dict[str, Any] = _config(self.path)
         index = _index(self.path)
         self.files = tuple(SafetensorsFile(self.path / name) for name in _weight_files(self.path, index))

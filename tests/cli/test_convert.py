@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlxquant.cli.progress import ByteBar
-from tests.cli.runner import mlxquant, refused
+from tests.cli.runner import Result, mlxquant, refused
 from tests.tiny import make
 
 
@@ -262,6 +262,21 @@ def test_a_header_of_lies(copy, tmp_path, lie):
     refused(mlxquant("convert", copy, "-o", tmp_path / "out"), "model.safetensors")
     assert no_trace(tmp_path)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "tokenizer.json"])
+def test_what_may_not_be_read_is_one_line(copy, tmp_path, name):
+    """In a process that may not overrule permissions, as root may."""
+    drop = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("root reads everything")
+    (copy / name).chmod(0)
+    try:
+        command = [sys.executable, "-m", "mlxquant", "convert", str(copy), "-o", str(tmp_path / "out")]
+        done = subprocess.run([*drop, *command], capture_output=True, text=True, check=False)
+    finally:
+        (copy / name).chmod(0o755)
+    refused(Result(done.returncode, done.stdout, done.stderr), str(copy / name), "ermission denied")
 
 
 def test_a_disk_that_fills_up(source, tmp_path):
