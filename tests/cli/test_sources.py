@@ -112,3 +112,17 @@ def test_rope_settings_of_newer_transformers_reach_stock_mlx_lm(tmp_path):
     assert mlxquant("convert", folder, "-o", tmp_path / "out").code == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 500000.0
     assert mlxquant("verify", tmp_path / "out", "--source", folder).code == 0
+
+
+def test_a_model_is_run_from_a_gguf_file_and_from_a_hub_id(folder, fake_hub: FakeHub, tmp_path):
+    fake_hub.add("org/model", folder)
+    said = []
+    for model in (folder, write_gguf(folder, tmp_path / "model.gguf", "F16"), "org/model"):
+        result = mlxquant("generate", model, "-p", "Hello", "-n", "12", "--temp", "0", "--json")
+        assert result.code == 0, result
+        said.append(json.loads(result.out))
+        chat = mlxquant("chat", model, "-n", "4", "--temp", "0", stdin="Hello\n")
+        assert chat.code == 0, chat
+    assert said[0]["tokens"]
+    assert said[0]["tokens"] == said[1]["tokens"] == said[2]["tokens"]
+    assert said[0]["text"] == said[1]["text"] == said[2]["text"]
