@@ -81,20 +81,22 @@ def test_affine(sources, tmp_path, bits, group_size, dtype):
     assert quantization(mine) == quantization(other)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
-def test_mx_modes(sources, tmp_path, mode, dtype):
-    source = sources(dtype=dtype)
+def test_mx_modes(sources, tmp_path, mode, dtype, tied):
+    source = sources(dtype=dtype, tied=tied)
     mine = ours(source, tmp_path / "a", mode=mode, recipe="uniform")
     other = theirs(source, tmp_path / "b", q_mode=mode)
     assert_same(mine, other)
     assert quantization(mine) == quantization(other)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
-def test_mixed_recipes(sources, tmp_path, recipe, tied):
-    source = sources(dtype="float16", tied=tied, layers=9)  # 9: not a multiple of 8, so the layer rule's edges show
+def test_mixed_recipes(sources, tmp_path, recipe, tied, dtype):
+    source = sources(dtype=dtype, tied=tied, layers=9)  # 9: not a multiple of 8, so the layer rule's edges show
     mine = ours(source, tmp_path / "a", recipe=recipe, group_size=32)
     other = theirs(source, tmp_path / "b", quant_predicate=recipe, q_group_size=32)
     assert_same(mine, other)
