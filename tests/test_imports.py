@@ -59,6 +59,13 @@ def test_arrows_point_one_way():
     assert turned_arrows(PACKAGE) == []
 
 
+def test_no_room_and_no_import_escapes_the_law():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms == FLOOR.keys() | {"__init__", "__main__"}
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    assert [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level] == [], "relative imports"
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [
