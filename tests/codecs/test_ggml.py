@@ -18,13 +18,10 @@ def random_blocks(type_name: str, rows: int = 9, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (rows, WIDTH // elements * size), dtype=np.uint8)
 
 
-@pytest.mark.oracle
-@pytest.mark.parametrize("type_name", known_types())
+@pytest.mark.parametrize("type_name", sorted(set(known_types()) - {"F32", "F16", "BF16"}))
 def test_same_numbers_as_ggml(type_name: str) -> None:
     libgguf = pytest.importorskip("libgguf")
     kind = libgguf.GGMLQuantizationType[type_name]
-    if type_name in ("F32", "F16", "BF16"):
-        pytest.skip("not a block type")
     raw = random_blocks(type_name)
     theirs = libgguf.dequantize_rows(raw, kind)
     ours = decode_rows(raw, type_name, WIDTH)
