@@ -80,7 +80,7 @@ class Metadata:
         if isinstance(value, np.ndarray) or (isinstance(value, Sequence) and not isinstance(value, str)):
             distinct = set(self.numbers(key, len(value)))
             if len(distinct) != 1:
-                raise SourceError(f"GGUF key {key}: layers differ ({sorted(distinct)}), expected one value for all")
+                raise SourceError(f"GGUF key {key}: layers differ ({sorted(distinct)!s:.60}), expected one for all")
             value = next(iter(distinct))
         return Metadata({key: value} if value is not None else {}).integer(key, least=1)
 
