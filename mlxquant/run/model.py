@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import MlxquantError, SourceError, UnsupportedError, UsageError
+from mlxquant.families.mlx_config import mlx_config
 from mlxquant.files.hf_folder import HFFolder
 from mlxquant.machine import probe
 from mlxquant.units import format_bytes
@@ -103,7 +104,8 @@ def _open_folder(path: Path) -> LoadedModel:
     from mlx_lm.utils import load_model as load
 
     try:
-        model, config = load(path, lazy=True, strict=True, trust_remote_code=False)
+        # Without mlx_config stock mlx-lm runs a folder of transformers 5 with its default rope_theta.
+        model, config = load(path, lazy=True, strict=True, model_config=mlx_config(config), trust_remote_code=False)
     except MlxquantError:
         raise
     except Exception as error:

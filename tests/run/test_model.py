@@ -37,6 +37,17 @@ def test_float_folder_expands_to_float32(folders):
     assert np.abs(logits(loaded) - logits(plain)).max() < 0.1
 
 
+def test_rope_settings_of_newer_transformers_are_run(folders, tmp_path):
+    """transformers 5 writes rope_parameters, which stock mlx-lm does not read for llama."""
+    flat = copy(folders["llama"], tmp_path / "flat", rope_theta=500.0)
+    nested = copy(folders["llama"], tmp_path / "nested", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    config = json.loads((nested / "config.json").read_text())
+    del config["rope_theta"]
+    (nested / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(logits(load_model(nested)), logits(load_model(flat)))
+    assert not np.array_equal(logits(load_model(nested)), logits(load_model(folders["llama"])))
+
+
 def test_quantized_folder_expands_to_exactly_what_its_codes_say(quantized):
     loaded = load_model(quantized)
     assert loaded.expanded
