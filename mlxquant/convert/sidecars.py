@@ -13,28 +13,10 @@ from mlxquant.errors import SourceError
 from mlxquant.families.eos import eos_ids, stock_eos
 from mlxquant.families.mlx_config import mlx_config
 from mlxquant.files.reading import InputFile
+from mlxquant.hub.names import companions
 from mlxquant.plan.plan import Plan
 from mlxquant.tensors import DTYPES
 
-# Copied as they are, when they are there. Nothing executable, nothing pickled, no weights.
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-)
-COPIED_PATTERNS = ("*.tiktoken", "additional_chat_templates/*.jinja")
 NOT_WRITTEN = ("_name_or_path", "vision_config", "audio_config")
 MAX_SIDECAR_BYTES = 200 * 2**20
 
@@ -54,9 +36,11 @@ def folder_sidecars(folder: Path) -> dict[str, bytes]:
 
 
 def sidecar_names(folder: Path) -> list[str]:
-    named = [n for n in COPIED if (folder / n).is_file()]
-    found = (p for pattern in COPIED_PATTERNS for p in folder.glob(pattern) if p.is_file())
-    return named + sorted(p.relative_to(folder).as_posix() for p in found)
+    """What is copied: the files that are pulled beside weights, but for config.json, which is rewritten. Names that
+    begin with a dot are macOS's resource forks on foreign disks."""
+    found = [*folder.glob("*"), *folder.glob("additional_chat_templates/*")]
+    names = companions(p.relative_to(folder).as_posix() for p in found if p.is_file() and not p.name.startswith("."))
+    return [name for name in names if name != "config.json"]
 
 
 def read_small(path: Path) -> bytes:
