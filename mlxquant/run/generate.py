@@ -58,8 +58,15 @@ def default_prefill_step(device_kind: str) -> int:
 
 
 class Generation(Iterator[Token]):
-    """One run of the loop: iterate it for the tokens. End-of-sequence tokens are not yielded, but fed and
-    counted.
+    """One run of the loop over `tokens` (at least one), whose predecessors `history` are in `cache` already: iterate it
+    for the tokens. End-of-sequence tokens are not yielded, but fed and counted.
+
+    model        called as model(tokens_BL, cache=cache) -> logits_BLV
+    max_tokens   None: until an end-of-sequence token
+    on_progress  called with (prompt tokens done, prompt tokens) before each chunk and after the last
+    stop         asked between chunks and between tokens; True ends the run with the cache as `fed` says
+
+    Greedy tokens are those of `mlx_lm.generate` with the same model and prefill step. Raises UsageError.
 
     stats    times and counts so far
     fed      token ids that are in the cache because of this run, in order
@@ -184,29 +191,4 @@ class Generation(Iterator[Token]):
         return "stopped" if self._stop() else None
 
 
-def generate(
-    model: Callable[..., Any],
-    tokens: Sequence[int],
-    cache: list[Any],
-    sampling: Sampling | None = None,
-    *,
-    max_tokens: int | None = None,
-    eos_ids: Sequence[int] = (),
-    prefill_step: int = PREFILL_STEP,
-    history: Sequence[int] = (),
-    on_progress: Callable[[int, int], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> Generation:
-    """Continues `tokens` (at least one), whose predecessors `history` are in `cache` already.
-
-    model        called as model(tokens_BL, cache=cache) -> logits_BLV
-    max_tokens   None: until an end-of-sequence token
-    on_progress  called with (prompt tokens done, prompt tokens) before each chunk and after the last
-    stop         asked between chunks and between tokens; True ends the run with the cache as `fed` says
-
-    Greedy tokens are those of `mlx_lm.generate` with the same model and prefill step. Raises UsageError.
-    """
-    return Generation(
-        model, tokens, cache, sampling, max_tokens=max_tokens, eos_ids=eos_ids, prefill_step=prefill_step,
-        history=history, on_progress=on_progress, stop=stop,
-    )  # fmt: skip
+generate = Generation  # a verb where it is called
