@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlxquant.codecs.floats import Array
+from mlxquant.codecs.floats import Array, fold
 from mlxquant.codecs.reference import affine_scale_bias, mx_scale
 from mlxquant.codecs.spec import Codec
 
@@ -30,7 +30,7 @@ def error_bound(w_OI: Array, dtype_code: str, codec: Codec) -> Array:
     if not codec.quantized:
         return np.zeros((len(w_OI), 1))
     groups = w_OI.reshape(len(w_OI), -1, codec.group_size)
-    peak = np.abs(groups).max(-1).astype(np.float64)
+    peak = fold(np.maximum, np.abs(groups)).astype(np.float64)
     if codec.mode == "affine":
         return _affine(groups, peak, dtype_code, 2**codec.bits - 1)
     return _mx(groups, peak, dtype_code, codec)
@@ -38,7 +38,7 @@ def error_bound(w_OI: Array, dtype_code: str, codec: Codec) -> Array:
 
 def _affine(groups: Array, peak: Array, dtype_code: str, n: int) -> Array:
     step = np.abs(affine_scale_bias(groups, n.bit_length())[0]).astype(np.float64)
-    spread = groups.max(-1).astype(np.float64) - groups.min(-1)
+    spread = fold(np.maximum, groups).astype(np.float64) - fold(np.minimum, groups)
     # A handful of float32 operations on numbers of at most peak or n steps, each good to 2**-24.
     rounding = (peak + n * step) * 2.0**-22
     far = spread - n * step

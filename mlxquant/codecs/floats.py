@@ -58,6 +58,15 @@ def cast(raw: Array, source_code: str, target_code: str) -> Array:
     return narrow(widen(raw, source_code), target_code)
 
 
+def fold(ufunc: np.ufunc, groups: Array) -> Array:
+    """ufunc.reduce over the last axis, a power of two long, by halves: numpy's own takes 5 times as long on axes as
+    short as a group. For maximum and minimum, which do not mind the order; NaN stays NaN."""
+    while groups.shape[-1] > 1:
+        half = groups.shape[-1] // 2
+        groups = ufunc(groups[..., :half], groups[..., half:])
+    return groups[..., 0]
+
+
 def check(raw: Array, code: str) -> None:
     """ValueError when `raw` is not what `code` says: a mistake of ours, not of the user."""
     if code not in WEIGHT_CODES:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlxquant.codecs.floats import Array, narrow, widen
+from mlxquant.codecs.floats import Array, fold, narrow, widen
 from mlxquant.codecs.mx import E2M1, E4M3, E8M0
 from mlxquant.codecs.spec import MX_MODES, Codec
 
@@ -40,7 +40,7 @@ def decode(parts: tuple[Array, ...], dtype_code: str, codec: Codec) -> Array:
 
 def affine_scale_bias(groups_OGI: Array, bits: int) -> tuple[Array, Array]:
     """Unrounded float32 scale and bias (O, G) of groups (O, G, group_size)."""
-    lo, hi = groups_OGI.min(-1), groups_OGI.max(-1)
+    lo, hi = fold(np.minimum, groups_OGI), fold(np.maximum, groups_OGI)
     step = np.maximum((hi - lo) / _F32(2**bits - 1), _F32(1e-7))
     from_lo = np.abs(lo) > np.abs(hi)
     edge, step = np.where(from_lo, lo, hi), np.where(from_lo, step, -step)
@@ -52,7 +52,7 @@ def affine_scale_bias(groups_OGI: Array, bits: int) -> tuple[Array, Array]:
 def mx_scale(groups_OGI: Array, dtype_code: str, mode: str) -> tuple[Array, Array]:
     """(stored byte, its value in float32) of each group (O, G)."""
     most = _F32(448 if MX_MODES[mode][1] == 8 else 6)
-    share = _rounded(np.abs(groups_OGI).max(-1) / most, dtype_code)
+    share = _rounded(fold(np.maximum, np.abs(groups_OGI)) / most, dtype_code)
     if mode == "nvfp4":
         byte = _e4m3(share)
         return byte, E4M3[byte]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxquant.codecs.encode import decode, error_bound
-from mlxquant.codecs.floats import cast, widen
+from mlxquant.codecs.floats import cast, fold, widen
 from mlxquant.codecs.spec import Codec, parse_codec
 from mlxquant.convert import sidecars
 from mlxquant.convert.gather import chunks, rows
@@ -28,6 +28,7 @@ from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
 
 LABELS = {d.label: d.code for d in DTYPES.values()}
 READ_BYTES = 8 * 2**20
+COMPARE_BYTES = 2**19  # of source: a comparison makes several float arrays of it, which then stay in the cache
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def compare(
 ) -> tuple[float, str | None]:
     """(NMSE, complaint or None) of one tensor; the NMSE's own bound follows from the per-group one that is asserted."""
     squared_error = squared = 0.0
-    for start, stop in chunks(tensor.target):
+    for start, stop in chunks(tensor.target, COMPARE_BYTES):
         raw = rows(source, tensor.target, start, stop)
         stored = tuple(_stored_rows(folder, part, start, stop) for part in tensor.parts)
         if advance:
@@ -259,7 +260,7 @@ def compare(
         w_OI = widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
         error_OI = np.abs(w_OI - decode(stored, tensor.dtype, tensor.codec))
         bound_OG = error_bound(w_OI, tensor.dtype, tensor.codec)
-        over = ~(error_OI.reshape(*bound_OG.shape, -1).max(-1) <= bound_OG)  # NaN is over, too
+        over = ~(fold(np.maximum, error_OI.reshape(*bound_OG.shape, -1)) <= bound_OG)  # NaN is over, too
         if over.any():
             row = start + int(np.argwhere(over)[0][0])
             return 1.0, f"row {row} is further from the source than {tensor.codec.label} allows"
