@@ -1,9 +1,16 @@
-"""Quantized layers into float32 ones, lazily: nothing is computed until the new weights are evaluated."""
+"""Quantized layers into float32 ones, for the CPU, whose quantized matmul is scalar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MX_MODES, Codec, affine
+
+KNOWN = frozenset(
+    [affine(bits, group_size) for bits in AFFINE_BITS for group_size in AFFINE_GROUP_SIZES]
+    + [Codec(mode, bits, group_size) for mode, (group_size, bits) in MX_MODES.items()]
+)
 
 
 def expanded_bytes(model: Any) -> int:
@@ -23,8 +30,17 @@ def expanded_bytes(model: Any) -> int:
 
 
 def expand_weights(model: Any) -> list[str]:
-    """Swaps every quantized layer for its float32 twin and casts all other floats; returns the layers it does
-    not know.
+    """Swaps every quantized layer for its float32 twin and casts all other floats; returns the layers it does not
+    know. The codes are decoded before this returns.
+    """
+    left, fill = swap_layers(model)
+    fill()
+    return left
+
+
+def swap_layers(model: Any) -> tuple[list[str], Callable[[], None]]:
+    """(layers it does not know, what decodes the codes). Until that is called the twins hold zeros that nobody
+    evaluates, so that a lazy model stays unread.
     """
     import mlx.core as mx
     from mlx.nn import Module
@@ -32,11 +48,12 @@ def expand_weights(model: Any) -> list[str]:
 
     twins = _twins()
     left: list[str] = []
-    done: dict[int, Any] = {}  # a layer that stands in two places (a tied head) stays one layer
+    pairs: dict[int, tuple[Any, Any]] = {}  # a layer that stands in two places (a tied head) stays one layer
 
     def swap(path: str, module: Any) -> Any:
         if type(module) in twins:
-            return done.setdefault(id(module), _filled(twins[type(module)](), module))
+            twin, _ = pairs.setdefault(id(module), (_empty(twins[type(module)](), module), module))
+            return twin
         if _is_quantized(module):
             left.append(path)
         return module
@@ -45,7 +62,14 @@ def expand_weights(model: Any) -> list[str]:
     if not left:
         model.set_dtype(mx.float32)
     model.eval()
-    return left
+    return left, lambda: _fill(pairs)
+
+
+def _fill(pairs: dict[int, tuple[Any, Any]]) -> None:
+    """One layer at a time, its codes let go before the next is read."""
+    while pairs:
+        twin, quantized = pairs.pop(next(iter(pairs)))
+        twin.weight = decoded(quantized)
 
 
 def _twins() -> dict[type, Callable[[], Any]]:
@@ -62,18 +86,56 @@ def _twins() -> dict[type, Callable[[], Any]]:
     }
 
 
-def _filled(twin: Any, quantized: Any) -> Any:
+def _empty(twin: Any, quantized: Any) -> Any:
     import mlx.core as mx
 
-    twin.weight = decoded(quantized)
+    twin.weight = mx.zeros(_shape(quantized), dtype=mx.float32)
     if "bias" in quantized:
         twin.bias = quantized.bias.astype(mx.float32)
     return twin
 
 
+def _shape(layer: Any) -> tuple[int, ...]:
+    packed = layer["weight"].shape
+    return (*packed[:-1], packed[-1] * 32 // layer.bits)
+
+
 def decoded(layer: Any) -> Any:
-    """float32 weight of a quantized layer. Affine scales are widened first, so that only float32 rounding is
-    left.
+    """float32 weight of a quantized layer, evaluated: what its codes, scales and biases stand for, exactly.
+
+    By our own kernels, where they know the format: bit for bit mx.dequantize in float32, but MLX's on the CPU is 10 to
+    40 times slower and takes seven times its result in memory for 6-bit codes.
+    """
+    import mlx.core as mx
+
+    from mlxquant.codecs.encode import decode
+
+    codec = Codec(layer.mode, layer.bits, layer.group_size)
+    if layer.get("global_scale") is not None or codec not in KNOWN:
+        weight = _decoded_by_mlx(layer)
+        mx.eval(weight)
+        return weight
+    parts = [_rows(layer[name]) for name in ("weight", "scales", "biases") if layer.get(name) is not None]
+    return mx.array(decode(tuple(parts), _code(layer["scales"]), codec).reshape(_shape(layer)))
+
+
+def _rows(array: Any) -> Any:
+    """A packed part as the codecs take it: numpy rows, bfloat16 as its bits."""
+    import mlx.core as mx
+    import numpy as np
+
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).reshape(-1, array.shape[-1])
+
+
+def _code(scales: Any) -> str:
+    import mlx.core as mx
+
+    return {mx.bfloat16: "BF16", mx.float16: "F16"}.get(scales.dtype, "F32")
+
+
+def _decoded_by_mlx(layer: Any) -> Any:
+    """The formats of stock mlx-lm that are not among our codecs. Affine scales are widened first, so that only float32
+    rounding is left.
     """
     import mlx.core as mx
 
@@ -81,23 +143,11 @@ def decoded(layer: Any) -> Any:
     if layer.mode == "affine":
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     global_scale = layer.get("global_scale")
-
-    def decode(w: Any, s: Any, b: Any, g: Any) -> Any:
-        return mx.dequantize(
-            w,
-            s,
-            b,
-            group_size=layer.group_size,
-            bits=layer.bits,
-            mode=layer.mode,
-            global_scale=g,
-            dtype=mx.float32,
-        )
-
+    how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode, "dtype": mx.float32}
     if global_scale is not None and global_scale.ndim:  # one for each expert
-        experts = range(layer["weight"].shape[0])
-        return mx.stack([decode(layer["weight"][e], scales[e], None, global_scale[e]) for e in experts])
-    return decode(layer["weight"], scales, biases, global_scale)
+        experts = zip(layer["weight"], scales, global_scale, strict=True)
+        return mx.stack([mx.dequantize(w, s, global_scale=g, **how) for w, s, g in experts])
+    return mx.dequantize(layer["weight"], scales, biases, global_scale=global_scale, **how)
 
 
 def _is_quantized(module: Any) -> bool:

@@ -217,7 +217,7 @@ def evaluate(model: Any) -> None:
 
 
 def _expand(loaded: LoadedModel, expand: str, memory_bytes: int | None) -> None:
-    from mlxquant.run.expand import expand_weights, expanded_bytes
+    from mlxquant.run.expand import expanded_bytes, swap_layers
 
     needed = expanded_bytes(loaded.model)
     if expand == "off":
@@ -231,8 +231,10 @@ def _expand(loaded: LoadedModel, expand: str, memory_bytes: int | None) -> None:
                 "they stay as they are, which is slow on a CPU"
             )
             return
-    left = expand_weights(loaded.model)
+    left, decode = swap_layers(loaded.model)
     loaded.expanded = not left
+    read = loaded._fill or (lambda: None)
+    loaded._fill = lambda: (decode(), read())[1]
     loaded.notes.append(f"weights expanded to float32 for the CPU ({format_bytes(needed)})")
     if left:
         loaded.notes.append(f"{len(left)} quantized layers of unknown kind stay as they are, {left[0]} first")
