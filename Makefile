@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(PY) scripts/demo.py
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not slow and not oracle"
+	$(PY) -m pytest -q -m "not slow"
 
 check: $(STAMP)
 	$(PY) -m ruff check .
@@ -28,7 +28,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/generate.py
 
 slow: $(STAMP)
-	$(PY) -m pytest -q -m "slow or oracle"
+	$(PY) -m pytest -q -m slow
 
 # uv where it is installed (seconds), else venv + pip (a minute).
 $(STAMP): pyproject.toml

@@ -63,11 +63,6 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("Stopped.", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        # `mlxquant ... | head`: whoever read us has gone, and that is no failure. Python's own flush at exit
-        # would complain on the closed pipe, so leave without it.
-        sys.stderr.close()
-        sys.exit(0)
 
 
 def _open_stdin() -> None:
