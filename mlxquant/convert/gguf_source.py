@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlxquant.codecs.ggml import decode_rows
+from mlxquant.convert.sources import header_hash
 from mlxquant.families.gguf import ROPE_FREQS, Origin, hf_config, hf_tensors
 from mlxquant.files.gguf_file import GGUFFile
 from mlxquant.tensors import TensorSpec
@@ -35,7 +36,7 @@ class GGUFSource:
             name: TensorSpec(name, from_.shape, "F32") for name, from_ in self._origins.items()
         }
         types = sorted({tensor.type_name for tensor in self._file.tensors.values()})
-        self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})}
+        self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})} | header_hash(self.specs)
 
     @property
     def front_bytes(self) -> int:
@@ -57,7 +58,7 @@ class GGUFSource:
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         """float32 (stop - start, width), in Hugging Face's row order."""
         origin = self._origins[name]
-        if origin.change != "unpermute":
+        if not origin.heads:
             return self._decode(origin.tensor, start, stop)
         if len(origin.shape) == 1:  # a bias: its one row holds what a weight has in its rows
             return self._decode(origin.tensor, 0, 1)[:, rotary_rows(origin, 0, origin.shape[0])]

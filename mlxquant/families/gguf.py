@@ -15,18 +15,19 @@ from typing import Any
 from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.gguf_metadata import Metadata
 from mlxquant.families.gguf_rope import rope_scaling
-from mlxquant.families.layout import Change
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one Hugging Face tensor lies in a GGUF file. `heads` belongs to the change 'unpermute'."""
+    """Where one Hugging Face tensor lies in a GGUF file.
+
+    heads > 0: its rows are in llama.cpp's rotary order, inside each of so many heads.
+    """
 
     tensor: str
     shape: Shape
-    change: Change = "none"
     heads: int = 0
 
 
@@ -136,7 +137,7 @@ def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict
             raise SourceError(f"GGUF tensor {name}: shape {shape}, expected {expected} by the file's own keys")
         rotary = re.search(r"\.attn_([qk])\.(?:weight|bias)$", name) if family.permuted else None
         if rotary:
-            found[hf_name] = Origin(name, shape, "unpermute", heads if rotary[1] == "q" else kv_heads)
+            found[hf_name] = Origin(name, shape, heads if rotary[1] == "q" else kv_heads)
         else:
             found[hf_name] = Origin(name, shape)
     if unknown := sorted(shapes.keys() - {o.tensor for o in found.values()} - {ROPE_FREQS}):

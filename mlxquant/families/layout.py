@@ -12,10 +12,9 @@ from typing import Literal
 
 # none           rows as they are
 # add_one        + 1 in float32, then rounded to the stored dtype (norms that MLX keeps as 1 + w)
-# unpermute      rows go back from llama.cpp's rotary order to Hugging Face's, inside each of `heads` heads
 # mla_embed_q    kv_b_proj (heads * (nope + v), latent) -> (heads, latent, nope): key half, transposed per head
 # mla_unembed    kv_b_proj -> (heads, v, latent): value half
-Change = Literal["none", "add_one", "unpermute", "mla_embed_q", "mla_unembed"]
+Change = Literal["none", "add_one", "mla_embed_q", "mla_unembed"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Piece:
 class Target:
     """One float tensor of the MLX model, before any codec: its pieces' rows, one after another, make `shape`.
 
-    `dtype` is the source's dtype code (pieces agree in it). `heads` belongs to unpermute; `cast` is False where the
-    family's own numbers must not be rounded to the model's dtype (mlx-lm's `cast_predicate`).
+    `dtype` is the source's dtype code (pieces agree in it). `cast` is False where the family's own numbers must not be
+    rounded to the model's dtype (mlx-lm's `cast_predicate`).
     """
 
     name: str
@@ -41,7 +40,6 @@ class Target:
     dtype: str
     pieces: tuple[Piece, ...]
     change: Change = "none"
-    heads: int = 0
     cast: bool = True
 
 

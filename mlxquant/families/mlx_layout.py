@@ -141,7 +141,6 @@ class _Build:
             if how == "half"
             else tuple(Piece(s.name, 0, s.rows) for s in specs),
             change="none" if how == "add_one" and self.shifted else _CHANGES.get(how, "none"),
-            heads=self.shape.heads if how in ("mla_q", "mla_v") else 0,
             cast=row.cast,
         )
 

@@ -43,6 +43,7 @@ def test_a_quantized_gguf_file_is_decoded_and_verified(folder, tmp_path):
     origin = json.loads((tmp_path / "out" / "config.json").read_text())["mlxquant"]["source"]
     assert origin["format"] == "gguf"
     assert "Q4_1" in origin["types"]
+    assert len(origin["header_sha256"]) == 64
 
 
 def test_the_rebuilt_tokenizer_and_template_work_in_stock_mlx_lm(folder, tmp_path):

@@ -58,7 +58,7 @@ def build(target: Target, source: dict[str, np.ndarray], nope: int) -> np.ndarra
     if target.change == "add_one":
         value = (value.astype(np.float32) + 1).astype(value.dtype)
     elif target.change in ("mla_embed_q", "mla_unembed"):
-        heads = value.reshape(target.heads, -1, value.shape[-1])
+        heads = value.reshape(target.shape[0], -1, value.shape[-1])
         value = heads[:, :nope].swapaxes(1, 2) if target.change == "mla_embed_q" else heads[:, nope:]
     else:
         assert target.change == "none"

@@ -57,7 +57,7 @@ def test_tensors_come_back_exactly(family: str, type: str, tied: bool, tmp_path:
     assert set(origins) == set(expected)
     for name, origin in origins.items():
         got = values[origin.tensor]
-        if origin.change == "unpermute":
+        if origin.heads:
             got = unpermuted(got, origin.heads)
         assert origin.shape == got.shape
         assert np.array_equal(got, expected[name]), name
@@ -98,7 +98,7 @@ def test_mlx_lm_says_what_llama_cpp_says(family: str, tmp_path: Path) -> None:
     weights = {}
     for name, origin in hf_tensors(metadata, shapes).items():
         value = values[origin.tensor]
-        weights[name] = mx.array(unpermuted(value, origin.heads) if origin.change == "unpermute" else value)
+        weights[name] = mx.array(unpermuted(value, origin.heads) if origin.heads else value)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.load_weights(list(weights.items()))
@@ -117,7 +117,7 @@ def test_biases_of_a_llama_are_permuted_too(tmp_path: Path) -> None:
     shapes |= {f"blk.0.attn_{part}.bias": (n,) for part, n in (("q", 128), ("k", 64), ("v", 64), ("output", 64))}
     assert hf_config(metadata, shapes)["attention_bias"] is True
     origins = hf_tensors(metadata, shapes)
-    assert origins["model.layers.0.self_attn.k_proj.bias"] == Origin("blk.0.attn_k.bias", (64,), "unpermute", 2)
+    assert origins["model.layers.0.self_attn.k_proj.bias"] == Origin("blk.0.attn_k.bias", (64,), 2)
     assert origins["model.layers.0.self_attn.v_proj.bias"] == Origin("blk.0.attn_v.bias", (64,))
     assert origins["model.layers.0.self_attn.o_proj.bias"] == Origin("blk.0.attn_output.bias", (64,))
     del shapes["blk.0.attn_output.bias"]
