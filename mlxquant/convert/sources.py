@@ -50,7 +50,9 @@ class FolderSource:
 def open_source(path: Path, origin: dict[str, Any] | None = None) -> OpenSource:
     """A folder or a .gguf file. Raises SourceError naming what is wrong with it."""
     if path.is_dir():
-        return FolderSource(path, origin)
+        from mlxquant.convert.mlx_source import MLXSource, is_quantized
+
+        return MLXSource(path, origin) if is_quantized(path) else FolderSource(path, origin)
     if path.suffix == ".gguf" and path.is_file():
         from mlxquant.convert.gguf_source import GGUFSource
 

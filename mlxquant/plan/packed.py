@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlxquant.codecs.spec import MODES, Codec
+from mlxquant.codecs.spec import MODES, MX_MODES, Codec
 from mlxquant.errors import SourceError
 from mlxquant.tensors import DTYPES, TensorSpec
 
 _PACKED_BITS = 32  # U32 words, whatever the codec
 _PARTS = ("scales", "biases")
+_BLOCKS = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,24 @@ def unpack(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[s
     return found
 
 
+def as_floats(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, Any], dict[str, TensorSpec], dict[str, Weight]]:
+    """(config without its quantization block, specs, packed weights) of the float model that an MLX folder stands for.
+
+    Packed weights become F32, which holds every product of code and scale as MLX computes it. Raises SourceError.
+    """
+    weights = unpack(config, specs)
+    packed = {name: weight for name, weight in weights.items() if weight.codec}
+    floats = {n: replace(w.spec, dtype="F32") if w.codec else w.spec for n, w in weights.items()}
+    return {k: v for k, v in config.items() if k not in _BLOCKS}, floats, packed
+
+
+def part_names(name: str) -> tuple[str, str, str]:
+    """The tensors that store packed weight `name`: codes, scales and (affine only) biases."""
+    return name, _part(name, "scales"), _part(name, "biases")
+
+
 def codec_of(config: Mapping[str, Any], name: str) -> Codec:
     """As stock mlx-lm reads it: the module's own entry, else the block's; affine unless a mode is named.
 
@@ -54,10 +73,14 @@ def codec_of(config: Mapping[str, Any], name: str) -> Codec:
     block = config.get("quantization", config.get("quantization_config"))
     own = block.get(name.removesuffix(".weight")) if isinstance(block, dict) else None
     entry = own if isinstance(own, dict) else block
-    if not isinstance(entry, dict):
-        message = f"{name} is packed, but config.json has no `quantization` block"
+    if not isinstance(entry, dict) or not {"bits", "group_size"} <= entry.keys():
+        message = f"{name} is packed, but config.json has no `quantization` block with bits and group_size"
         raise SourceError(message, hint="download the folder again")
-    mode, bits, group = entry.get("mode", "affine"), entry.get("bits"), entry.get("group_size")
+    mode = entry.get("mode", "affine")
+    # `mlx_lm.convert` with a mixed recipe and no group size writes null, which MLX reads as the mode's default.
+    usual_group, usual_bits = MX_MODES.get(mode, (64, 4)) if isinstance(mode, str) else (None, None)
+    bits = usual_bits if entry.get("bits") is None else entry["bits"]
+    group = usual_group if entry.get("group_size") is None else entry["group_size"]
     if mode in MODES and type(bits) is int and type(group) is int and 0 < bits <= 8 and 0 < group <= 4096:
         return Codec(mode, bits, group)
     raise SourceError(
