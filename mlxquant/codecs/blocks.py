@@ -39,15 +39,15 @@ def _flat(array: Array, unsigned: type[np.unsignedinteger[Any]]) -> Array:
     return flat
 
 
-def each_block(work: Callable[[int, int], int], count: int) -> int:
-    """work(start, stop) over `count` weights in blocks of whole tiles, on all cores.
+def each_block(work: Callable[[int, int], int], count: int, tile: int = TILE) -> int:
+    """work(start, stop) over `count` weights in blocks of whole tiles of `tile` weights, on all cores.
 
     work returns where it stopped, or -1 when it went through; the answer is the lowest of those, or -1.
     """
     threads = cores()
     # Four blocks a thread: the slow cores of an Apple chip then do not hold up the fast ones.
     block = max(_BLOCK, -(-count // (4 * threads)))
-    block = -(-block // TILE) * TILE
+    block = -(-block // tile) * tile
     starts = range(0, count, block)
     if threads == 1 or len(starts) <= 1:
         return work(0, count) if count else -1

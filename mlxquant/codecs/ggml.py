@@ -1,7 +1,6 @@
-"""ggml's block formats, read only: rows of raw blocks -> float32, through the `gguf` package.
+"""ggml's block formats: rows of floats -> raw blocks, and back.
 
-llama.cpp's maintainers hold `gguf.quants` against ggml's own dequantization, so no block layout is written
-here again.
+Nothing here loads numba before rows are encoded: planning asks for `block` and `ENCODED` alone.
 """
 
 from __future__ import annotations
@@ -19,6 +18,12 @@ _NAMES = (
     *("IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"),
     *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
+ENCODED = (
+    *("F32", "F16", "BF16"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
+)
 # An older gguf has not all of them.
 _TYPES = {name: GGMLQuantizationType[name] for name in _NAMES if name in GGMLQuantizationType.__members__}
 
@@ -32,6 +37,42 @@ def block(type_name: str) -> tuple[int, int]:
     """(elements, bytes) of one block. Raises UnsupportedError naming the type and those that can be read."""
     elements, size = GGML_QUANT_SIZES[_kind(type_name)]
     return int(elements), int(size)
+
+
+def encode_rows(raw_OI: Array, source_code: str, type_name: str, importance_I: Array | None = None) -> Array:
+    """Raw rows (O, I) in DTYPES[source_code].numpy -> blocks (O, row_bytes) uint8.
+
+    Byte-equal to ggml_quantize_chunk of llama.cpp's x86-64 build (ggml/src/ggml-quants.c), with the importance
+    matrix's row `importance_I` (float32, one a column) or without; Q8_0, TQ1_0, TQ2_0 and the floats take no notice
+    of it, as there. Numbers far too large for a type's float16 scale (about 4e6 in Q4_0) get an infinite one, as
+    there. Memory beyond the arrays themselves: about 1 MB a thread. Safe to call from several threads.
+
+    Raises NonFiniteError for NaN and infinity, and in F16 and BF16 for what would round to infinity; UnsupportedError
+    for a type we do not write; ValueError for arguments that no plan contains.
+    """
+    if type_name not in ENCODED:
+        raise UnsupportedError(f"the ggml type {type_name} cannot be written: known are {', '.join(ENCODED)}")
+    elements, size = block(type_name)
+    if raw_OI.ndim != 2 or raw_OI.shape[1] % elements:
+        raise ValueError(f"{type_name} takes rows of whole blocks of {elements}, not {raw_OI.shape}")
+    rows, width = raw_OI.shape
+    importance = _importance(importance_I, width)
+    if not raw_OI.size:
+        return np.empty((rows, width // elements * size), np.uint8)
+    from mlxquant.codecs.ggml_encode import encode
+
+    return encode(raw_OI, source_code, type_name, importance, width // elements * size)
+
+
+def _importance(importance_I: Array | None, width: int) -> Array:
+    """One sort of array for the kernels: float32, contiguous, writable; of size 0 where there is none."""
+    if importance_I is None:
+        return np.empty(0, np.float32)
+    if importance_I.shape != (width,) or importance_I.dtype != np.float32:
+        raise ValueError(f"importance is float32 ({width},), not {importance_I.dtype} {importance_I.shape}")
+    if not (np.isfinite(importance_I) & (importance_I >= 0)).all():
+        raise ValueError("importance has numbers that are negative or not finite")
+    return importance_I.copy()  # numba compiles read-only, strided and unaligned arrays apart
 
 
 def decode_rows(raw: Array, type_name: str, width: int) -> Array:

@@ -1,0 +1,105 @@
+"""Raw rows of any float dtype -> blocks of any ggml type: widening, refusals and threads around the kernels.
+
+A kernel is given whole rows of float32 and the place for their blocks. Rows are independent in every type, so
+neither the number of threads nor the split into tiles shows in the bytes.
+"""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from mlxquant.codecs import kernels
+from mlxquant.codecs.blocks import as_bits, each_block
+from mlxquant.codecs.floats import Array, NonFiniteError, check, widen
+from mlxquant.codecs.kernels import jit
+
+Kernel = Callable[[Array, Array, int, Array], Any]
+
+# Weights a thread widens at a time: 256 blocks of 256 side by side, and 256 kB, which a second-level cache holds.
+_TILE = 1 << 16
+# The largest float32, as bits, that does not round to infinity: in float16 65519.996, half a step above 65504.
+_LARGEST = {"F16": np.uint32(0x477FEFFF), "BF16": np.uint32(0x7F7F7FFF)}
+_FINITE = np.uint32(0x7F7FFFFF)
+
+
+def encode(raw_OI: Array, source_code: str, type_name: str, importance_I: Array, row_bytes: int) -> Array:
+    """What `ggml.encode_rows` promises, for arguments that it has checked."""
+    rows, width = len(raw_OI), int(raw_OI.shape[1])
+    out = np.empty((rows, row_bytes), np.uint8)
+    blocks = out.reshape(-1)
+    kernel, largest = _kernels()[type_name], _LARGEST.get(type_name, _FINITE)
+    load = _loader(raw_OI, source_code, width)
+    tile_rows = max(1, _TILE // width)
+
+    def work(start: int, stop: int) -> int:
+        tile = np.empty(min(tile_rows * width, stop - start), np.uint32)
+        for first in range(start // width, stop // width, tile_rows):
+            last = min(first + tile_rows, stop // width)
+            bits = tile[: (last - first) * width]
+            load(first, last, bits)
+            bad = int(_beyond(bits, largest))
+            if bad >= 0:
+                return first * width + bad
+            kernel(bits.view(np.float32), importance_I, width, blocks[first * row_bytes : last * row_bytes])
+        return -1
+
+    bad = each_block(work, rows * width, tile_rows * width)
+    if bad >= 0:
+        found = f"NaN, infinity, or a number too large for {type_name}" if type_name in _LARGEST else "NaN or infinity"
+        raise NonFiniteError(bad // width, found)
+    return out
+
+
+def _loader(raw_OI: Array, code: str, width: int) -> Callable[[int, int, Array], None]:
+    """load(first row, last row, out): their float32 bits."""
+    if code == "F64":  # rounded tile by tile: beyond float32 it becomes infinity and is refused
+
+        def load(first: int, last: int, out: Array) -> None:
+            out[:] = widen(raw_OI[first:last], "F64").reshape(-1).view(np.uint32)
+
+        check(raw_OI, "F64")
+        return load
+    flat, kind = as_bits(raw_OI, code)
+    return lambda first, last, out: kernels.load(flat[first * width : last * width], kind, kind, out)
+
+
+@cache
+def _kernels() -> dict[str, Kernel]:
+    # Until all four stand; then they are plain imports.
+    names = [f"mlxquant.codecs.ggml_{part}" for part in ("type0", "type1", "iq4", "ternary")]
+    modules = [import_module(name) for name in names if find_spec(name)]
+    return _FLOATS | {name: kernel for module in modules for name, kernel in module.ENCODERS.items()}
+
+
+@jit
+def _beyond(bits, largest):
+    """Where the first number larger than `largest` stands, or -1: the top first, which vectorizes."""
+    top = np.uint32(0)
+    for i in range(bits.size):
+        size = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
+        top = size if size > top else top
+    if top <= largest:
+        return -1
+    for i in range(bits.size):
+        if np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) > largest:
+            return i
+    return -1
+
+
+def _float(kind: int, dtype: type[np.unsignedinteger[Any]]) -> Kernel:
+    """To nearest even, as ggml's conversions: ggml_compute_fp32_to_fp16 and _bf16 of ggml-impl.h."""
+    return lambda x, importance, width, out: kernels.store(x.view(np.uint32), kind, out.view(dtype))
+
+
+_FLOATS: dict[str, Kernel] = {
+    "F32": _float(kernels.F32, np.uint32),
+    "F16": _float(kernels.F16, np.uint16),
+    "BF16": _float(kernels.BF16, np.uint16),
+}
