@@ -75,7 +75,7 @@ def _kernels() -> dict[str, Kernel]:
     # Until all four stand; then they are plain imports.
     names = [f"mlxquant.codecs.ggml_{part}" for part in ("type0", "type1", "iq4", "ternary")]
     modules = [import_module(name) for name in names if find_spec(name)]
-    return _FLOATS | {name: kernel for module in modules for name, kernel in module.ENCODERS.items()}
+    return _FLOATS | {name: kernel for module in modules for name, kernel in getattr(module, "ENCODERS", {}).items()}
 
 
 @jit
