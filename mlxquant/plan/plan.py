@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlxquant.codecs.repacked import REPACKED
 from mlxquant.codecs.spec import KEEP, Codec
 from mlxquant.errors import PlanError, UnsupportedError
 from mlxquant.families.layout import Layout, Target
@@ -17,18 +18,23 @@ from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role, assign_roles
 from mlxquant.families.shape import ModelShape
 from mlxquant.plan import recipe as recipes
-from mlxquant.plan.recipe import MIXED, Settings
+from mlxquant.plan import repacking
+from mlxquant.plan.recipe import MIXED, REPACK, Settings
 from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One MLX tensor: where its rows come from, what it is, how it is stored. `dtype` is its float dtype code."""
+    """One MLX tensor: where its rows come from, what it is, how it is stored. `dtype` is its float dtype code.
+
+    `repack`: the ggml type whose blocks are taken over as they are, or None.
+    """
 
     target: Target
     role: Role
     codec: Codec
     dtype: str
+    repack: str | None = None
 
     @property
     def name(self) -> str:
@@ -99,6 +105,7 @@ class Plan:
                     "dtype": DTYPES[t.dtype].label,
                     "bytes": t.nbytes,
                 }
+                | repacking.to_json(t.repack)
                 for t in self.tensors
             ],
             "dropped": [list(pair) for pair in self.dropped],
@@ -120,8 +127,14 @@ class Plan:
         return block
 
 
-def make_plan(config: dict[str, Any], specs: Mapping[str, TensorSpec], settings: Settings) -> Plan:
-    """Decides everything from config and headers.
+
+def make_plan(
+    config: dict[str, Any],
+    specs: Mapping[str, TensorSpec],
+    settings: Settings,
+    quantized: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decides everything from config and headers. `quantized`: source tensors that were rounded before -> their format.
 
     Raises UnsupportedError (unknown family, tensor or quantization scheme), SourceError (config and headers do not
     agree) and PlanError (what was asked cannot be done), each naming the tensors and the next step.
@@ -131,10 +144,21 @@ def make_plan(config: dict[str, Any], specs: Mapping[str, TensorSpec], settings:
     laid_out = mlx_layout(config, specs)
     roles = assign_roles(laid_out.targets, shape)
     dtype = settings.dtype or model_dtype(config, laid_out.targets)
-    codecs = choose_codecs(laid_out.targets, roles, settings, shape)
-    tensors = tuple(PlannedTensor(t, roles[t.name], codecs[t.name], stored_dtype(t, dtype)) for t in laid_out.targets)
-    remarks = check_bits(tensors, settings, shape) + shape_remarks(shape, laid_out)
-    return Plan(shape.model_type, settings, settings.base, dtype, tensors, laid_out.dropped, tuple(remarks))
+    types = repacking.types(laid_out.targets, quantized or {}, settings, shape)
+    codecs = choose_codecs(laid_out.targets, roles, settings, shape, types)
+    tensors = tuple(
+        PlannedTensor(t, roles[t.name], codecs[t.name], stored_dtype(t, dtype), types.get(t.name))
+        for t in laid_out.targets
+    )
+    repacking.refuse_second_loss(tensors, quantized or {}, settings)
+    base = repacking.commonest(tensors) if settings.recipe == REPACK else settings.base
+    remarks = check_bits(tensors, settings, shape) + repacking.remarks(tensors) + shape_remarks(shape, laid_out)
+    return Plan(shape.model_type, settings, base, dtype, tensors, laid_out.dropped, tuple(remarks))
+
+
+
+
+
 
 
 def refuse_quantized_source(config: dict[str, Any]) -> None:
@@ -175,7 +199,11 @@ def stored_dtype(target: Target, dtype: str) -> str:
 
 
 def choose_codecs(
-    targets: tuple[Target, ...], roles: Mapping[str, Role], settings: Settings, shape: ModelShape
+    targets: tuple[Target, ...],
+    roles: Mapping[str, Role],
+    settings: Settings,
+    shape: ModelShape,
+    types: Mapping[str, str],
 ) -> dict[str, Codec]:
     """A codec for each target: `--set` first, then the recipe. What MLX has no quantized module for stays float."""
     base = settings.base
@@ -187,6 +215,8 @@ def choose_codecs(
             chosen[target.name] = KEEP
         elif (asked := recipes.matching_set(target.name, settings.sets)) is not None:
             chosen[target.name] = require_fit(target, asked)
+        elif settings.recipe == REPACK:
+            chosen[target.name] = REPACKED[types[target.name]].codec if target.name in types else KEEP
         elif settings.recipe == "uniform":
             chosen[target.name] = (stock or base) if base.divides(target.shape[-1]) else KEEP
         elif settings.recipe in MIXED:
@@ -225,6 +255,8 @@ def check_sets_used(targets: tuple[Target, ...], settings: Settings, shape: Mode
 
 def check_bits(tensors: tuple[PlannedTensor, ...], settings: Settings, shape: ModelShape) -> list[str]:
     """Lists weights whose width forced another format; raises PlanError where the asked bits were not reached."""
+    if settings.recipe == REPACK:
+        return []
     base, remarks, missed = settings.base, [], []
     for t in tensors:
         width = t.target.shape[-1] if t.target.shape else 1

@@ -4,6 +4,7 @@ uniform     what stock `mlx_lm.convert` would do, tensor for tensor and byte for
 mixed_*     mlx-lm's four mixed recipes, likewise byte for byte
 balanced    uniform at `bits`, but what decides a lot and weighs little keeps its precision: routers, shared-expert
             gates, MLA latents, SSM and convolution parts at 8 bits or more, embeddings and head at 6 or more
+repack      a quantized GGUF file's own blocks in MLX arrays, codes unchanged where MLX has the format
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from mlxquant.tensors import FLOAT_CODES
 
 # name -> (bits of most tensors, bits of the chosen ones); mlx_lm/convert.py, mixed_quant_predicate_builder.
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
-RECIPES = ("balanced", "uniform", *MIXED)
+REPACK = "repack"
+RECIPES = ("balanced", "uniform", *MIXED, REPACK)
 SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order."""
+    """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order. `requantize`:
+    weights that are quantized already may be quantized once more."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -33,6 +36,7 @@ class Settings:
     recipe: str = "balanced"
     dtype: str | None = None
     sets: tuple[tuple[str, Codec], ...] = field(default=())
+    requantize: bool = False
 
     @property
     def base(self) -> Codec:
@@ -56,6 +60,7 @@ def settings(
     recipe: str = "balanced",
     dtype: str | None = None,
     sets: tuple[str, ...] = (),
+    requantize: bool = False,
 ) -> Settings:
     """Settings from the command line's words; every contradiction is a UsageError here."""
     if mode not in MODES or recipe not in RECIPES:
@@ -69,7 +74,13 @@ def settings(
         )
     if dtype is not None and dtype not in FLOAT_CODES:
         raise UsageError(f"--dtype {dtype!r} is unknown", hint=f"one of {tuple(FLOAT_CODES)}")
-    made = Settings(bits, group_size, mode, recipe, FLOAT_CODES[dtype] if dtype else None, tuple(map(_parse_set, sets)))
+    if recipe == REPACK and (bits, group_size, mode, dtype) != (None, None, "affine", None):
+        raise UsageError(
+            "--recipe repack keeps the file's own formats, with float16 scales",
+            hint="leave out --bits, --group-size, --mode and --dtype, or choose another recipe",
+        )
+    code = FLOAT_CODES[dtype] if dtype else None
+    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize)
     _ = made.base  # says now what could not be done
     return made
 
