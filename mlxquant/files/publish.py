@@ -1,9 +1,10 @@
-"""The output folder appears whole or not at all, and a killed run goes on where it was.
+"""The output appears whole or not at all, and a killed run goes on where it was.
 
     OUT.partial/lock        one process at a time (flock: the kernel lets go when the process dies)
     OUT.partial/journal     what is finished, with hashes (files/journal.py)
-    OUT.partial/model/      what becomes OUT by a single rename, as it is
-    OUT.partial/replaced/   with `force`: the old OUT, from just before that rename to just after
+    OUT.partial/model/      what becomes OUT, as it is: a folder by a single rename, files one by one (files/place.py)
+    OUT.partial/moving      the names of files that are being moved out of model/
+    OUT.partial/replaced/   with `force`: the old OUT, from just before it is replaced to just after
 
 Nothing is flushed before the end. A killed process loses no write, but a power cut may lose any: so a resumed
 run trusts the journal only where the bytes on disk have the hash it names.
@@ -23,24 +24,26 @@ import numpy as np
 
 from mlxquant.errors import TargetError
 from mlxquant.files.journal import Groups, Journal, heading, read_journal
+from mlxquant.files.place import MODEL, MOVING, REPLACED, FolderPlace, Place, check_apart, exists_error
 from mlxquant.files.reading import plain_name, shown
 from mlxquant.files.shards import Shard, ShardWriter, check_space
 from mlxquant.files.writing import flush, replace_file, target_error, writing
 
-_OWN = {"lock", "journal", "scratch", "model", "replaced"}  # what OUT.partial may hold
+_OWN = {"lock", "journal", "scratch", MODEL, MOVING, REPLACED}  # what OUT.partial may hold
 _SMALL_FILES_BYTES = 64 * 2**20  # room left for tokenizer, config, index and journal
 
 
 class Workspace:
-    """An output folder in the making. Use `Workspace.open`; leaving the `with` early keeps what is finished.
+    """An output in the making. Use `Workspace.open`; leaving the `with` early keeps what is finished.
 
     `checksums` is {tensor: sha256} of all finished tensors, `resumed` the number of groups taken over.
     """
 
-    def __init__(self, out: Path, shards: Sequence[Shard], force: bool) -> None:
-        self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        self.folder = self.partial / "model"
+    def __init__(self, place: Place, shards: Sequence[Shard], force: bool) -> None:
+        self.place = place
+        self.out = place.out
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.folder = self.partial / MODEL
         self.checksums: dict[str, str] = {}
         self.resumed = 0
         self._writers = [ShardWriter(self.folder, shard) for shard in shards]
@@ -53,7 +56,7 @@ class Workspace:
     @classmethod
     def open(
         cls,
-        out: Path | str,
+        out: Place | Path | str,
         digest: str,
         shards: Sequence[Shard],
         *,
@@ -64,16 +67,17 @@ class Workspace:
     ) -> Workspace:
         """Takes the lock and finds what an earlier run of the same plan (`digest`) has finished.
 
-        resume: True insists that there is one, None takes one where it is. restart: begin anew. force: OUT
-        may exist and is replaced, but only by `publish`. Raises TargetError before the first byte is written.
+        out: a path becomes a folder; FilesPlace for a file, or several. resume: True insists that there is an
+        earlier run, None takes one where it is. restart: begin anew. force: OUT may exist and is replaced, but only
+        by `publish`. Raises TargetError before the first byte is written.
         """
-        path = Path(os.path.abspath(out))  # noqa: PTH100 - lexical on purpose: OUT need not exist
-        with writing(path):
-            _check_out(path, Path(source) if source is not None else None, force)
-            work = cls(path, shards, force)
+        place = FolderPlace(out) if isinstance(out, (str, Path)) else out
+        with writing(place.out):
+            place.check(Path(source) if source is not None else None, force)
+            work = cls(place, shards, force)
             _check_partial(work.partial, Path(source) if source is not None else None)
-            if path.exists() and not force and not work.partial.exists():
-                raise _exists(path)
+            if (taken := place.taken()) and not force and not work.partial.exists():
+                raise exists_error(taken)
         work._take_lock()
         try:
             work._begin(heading(digest), resume, restart)
@@ -111,6 +115,12 @@ class Workspace:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / name, data, self.partial / "scratch")
 
+    def seal(self, data: bytes) -> None:
+        """Fills in what the header of the shard with a seal says of all tensors. Raises TargetError."""
+        for writer in self._writers:
+            if writer.shard.seal != (0, 0):
+                writer.seal(data)
+
     def publish(self) -> None:
         """Makes OUT appear. Raises ValueError while a planned tensor is unfinished, and TargetError."""
         unfinished = [name for name in self._home if name not in self.checksums]
@@ -120,7 +130,10 @@ class Workspace:
             writer.prepare()
         for path in [*self.folder.rglob("*"), self.folder]:
             flush(path)
-        self._swap()
+        with writing(self.out):
+            if (taken := self.place.taken()) and not self._force:
+                raise exists_error(taken)
+            self.place.move_in(self.partial)
         flush(self.out.parent)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.close()
@@ -166,9 +179,10 @@ class Workspace:
 
     def _begin(self, head: dict[str, Any], resume: bool | None, restart: bool) -> None:
         with writing(self.partial):
-            self._settle()
-            if self.out.exists() and not self._force:
-                raise _exists(self.out)
+            if self.place.settle(self.partial):
+                self._clear()
+            if (taken := self.place.taken()) and not self._force:
+                raise exists_error(taken)
             if restart:
                 self._clear()
             found, groups = read_journal(self.partial / "journal")
@@ -178,14 +192,6 @@ class Workspace:
             kept = self._take_over(groups)
             self._journal = Journal(self.partial / "journal", self.partial / "scratch", head, kept)
             self.folder.mkdir(exist_ok=True)
-
-    def _settle(self) -> None:
-        """Ends a killed `publish`: until its last rename the old OUT comes back, then the new one stays."""
-        replaced = self.partial / "replaced"
-        if replaced.exists() and not self.out.exists():
-            replaced.rename(self.out)
-        elif self.out.exists() and not self.folder.exists():
-            self._clear()
 
     def _clear(self) -> None:
         """The journal goes last: killed here, what is left is still known as ours."""
@@ -234,23 +240,6 @@ class Workspace:
         writer = self._home.get(name)
         return writer is not None and writer.path in intact and writer.stored_sha256(name) == digest
 
-    # -- ending
-
-    def _swap(self) -> None:
-        """OUT is missing for the moment between two renames; `_settle` mends a kill in it."""
-        replaced = self.partial / "replaced"
-        with writing(self.out):
-            if self.out.exists() and not self._force:
-                raise _exists(self.out)
-            if self.out.exists():
-                self.out.rename(replaced)
-            try:
-                self.folder.rename(self.out)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(self.out)
-                raise
-
     def _leave_no_trace(self) -> None:
         """A refused beginning leaves no empty OUT.partial behind."""
         if {path.name for path in self.partial.iterdir()} <= {"lock"}:
@@ -264,42 +253,13 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _check_out(out: Path, source: Path | None, force: bool) -> None:
-    """Refuses places where writing, or replacing, would harm what is there."""
-    if not out.name:
-        raise TargetError(f"{out}: is no folder to write a model into", hint="name a new folder")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        kind = "a link" if out.is_symlink() else "a file"
-        raise TargetError(f"{out}: is {kind}, expected a folder that does not exist yet", hint="choose another name")
-    if source is not None and source.exists():
-        _check_apart(out, source)
-    if force and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise TargetError(
-            f"{out}: is not replaced, since it is no model folder (it has no config.json)",
-            hint="remove it yourself or choose another name",
-        )
-
-
 def _check_partial(partial: Path, source: Path | None) -> None:
     """`restart` empties OUT.partial, so it must be a conversion's, and never what the conversion reads."""
     if source is not None and source.exists():
-        _check_apart(partial, source)
+        check_apart(partial, source)
     names = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
     if "journal" not in names and names - _OWN:
         raise TargetError(
             f"{partial}: holds files but no journal, so no conversion made it",
             hint="move it away or choose another output name",
         )
-
-
-def _check_apart(out: Path, source: Path) -> None:
-    source = source.resolve()
-    if source.is_dir() and any(p.exists() and p.samefile(source) for p in (out, *out.parents)):
-        where = "is" if out.exists() and out.samefile(source) else "lies inside"
-        raise TargetError(f"{out}: {where} the source folder", hint="write beside it")
-    if out.exists() and any(p.samefile(out) for p in source.parents):
-        raise TargetError(f"{out}: holds the source {source.name}", hint="write beside it")
-
-
-def _exists(out: Path) -> TargetError:
-    return TargetError(f"{out}: already exists", hint="use --force to replace it, or choose another name")

@@ -1,7 +1,8 @@
 """The weight files we write: which tensor goes where is known, with every header byte, before any data.
 
-A shard's data section begins at a multiple of 8 and holds its tensors by falling item size: each is aligned
-to its own (stock readers may map them) and there are no holes (the format forbids them).
+A safetensors shard's data section begins at a multiple of 8 and holds its tensors by falling item size: each is
+aligned to its own (stock readers may map them) and there are no holes (the format forbids them). GGUF's shards are
+laid out by files/gguf_writer.py and written by the same ShardWriter.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,15 +32,30 @@ METADATA = {"format": "mlx"}
 _CHUNK_BYTES = 8 * 2**20
 
 
+class Stored(Protocol):
+    """What a shard must know of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Shard:
-    """`header`: length, JSON and padding. `specs` and `offsets` (from the file's start) are in file order."""
+    """`header`: all bytes before the first tensor's. `specs` and `offsets` (from the file's start) are in file order.
+
+    `seal`: where in the header (start, stop) bytes stand that are known only when all tensors are: a placeholder
+    until then.
+    """
 
     file: str
     header: bytes
-    specs: dict[str, TensorSpec]
-    offsets: dict[str, int]
+    specs: Mapping[str, Stored]
+    offsets: Mapping[str, int]
     nbytes: int  # of the whole file
+    seal: tuple[int, int] = (0, 0)
 
 
 def assign(groups: Iterable[Sequence[TensorSpec]], limit_bytes: int = LIMIT_BYTES) -> tuple[Shard, ...]:
@@ -145,14 +161,30 @@ class ShardWriter:
         self._written: dict[str, tuple[int, Any]] = {}
 
     def intact(self) -> bool:
-        """Whether the file is there with this very header and length. Says nothing about the data."""
+        """Whether the file is there with this very header and length, sealed or not. Says nothing about the data."""
         try:
             with self.path.open("rb") as file:
-                return file.read(len(self.shard.header)) == self.shard.header and (
-                    os.fstat(file.fileno()).st_size == self.shard.nbytes
-                )
+                header = self._unsealed(file.read(len(self.shard.header)))
+                return header == self.shard.header and os.fstat(file.fileno()).st_size == self.shard.nbytes
         except OSError:
             return False
+
+    def _unsealed(self, header: bytes) -> bytes:
+        start, stop = self.shard.seal
+        return header[:start] + self.shard.header[start:stop] + header[stop:]
+
+    def seal(self, data: bytes) -> None:
+        """Puts `data` in the header's place for it. Raises TargetError, ValueError for data of another length."""
+        start, stop = self.shard.seal
+        if len(data) != stop - start:
+            raise ValueError(f"{self.shard.file}: {len(data)} bytes for a seal of {stop - start}")
+        self.prepare()
+        with writing(self.path):
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                write_all(fd, start, memoryview(data))
+            finally:
+                os.close(fd)
 
     def prepare(self) -> None:
         """Makes the file unless it is intact. Raises TargetError."""

@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlxquant.errors import TargetError
+from mlxquant.files.place import FilesPlace
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import assign
 from mlxquant.tensors import TensorSpec
@@ -71,10 +73,17 @@ def test_an_exception_keeps_what_is_finished(tmp_path):
         assert len(work.checksums) == 6
 
 
-@pytest.mark.parametrize("how", ["each", "force", "restart", "chain"])
-def test_killed_anywhere_and_run_again(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "output"),
+    [
+        *((how, "folder") for how in ("each", "force", "restart", "chain")),
+        *((how, "files") for how in ("each", "force", "chain")),
+        *((how, "file") for how in ("each", "force")),
+    ],
+)
+def test_killed_anywhere_and_run_again(tmp_path, how, output):
     script = Path(__file__).with_name("kill_points.py")
-    done = subprocess.run([sys.executable, script, tmp_path, how], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, tmp_path, how, output], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     if how == "chain":
@@ -315,3 +324,55 @@ def test_small_files_of_an_earlier_run_do_not_stay(tmp_path):
     with opened(out) as work:
         assert [p.name for p in work.folder.iterdir()] == ["model.safetensors"]
         assert work.resumed == 1
+
+
+FILES = ["model-00002-of-00002.gguf", "model-00001-of-00002.gguf"]
+
+
+def files_place(folder: Path) -> FilesPlace:
+    return FilesPlace(folder / "model.gguf", FILES)
+
+
+def test_files_that_are_refused(tmp_path):
+    first = tmp_path / FILES[1]
+    for make, says in [
+        (lambda: first.mkdir(), "is a folder"),
+        (lambda: first.symlink_to(tmp_path / "nothing"), "is a link"),
+        (lambda: first.write_text("my thesis"), "is no GGUF file"),
+    ]:
+        make()
+        with pytest.raises(TargetError, match=says) as caught:
+            Workspace.open(files_place(tmp_path), "digest", SHARDS, force=True)
+        assert caught.value.hint
+        first.rmdir() if first.is_dir() and not first.is_symlink() else first.unlink()
+    first.write_bytes(b"GGUF and more")
+    with pytest.raises(TargetError, match="is the source file"):
+        Workspace.open(files_place(tmp_path), "digest", SHARDS, source=first, force=True)
+    with pytest.raises(TargetError, match=r"00001-of-00002\.gguf: already exists"):
+        Workspace.open(files_place(tmp_path), "digest", SHARDS)
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize("note", [b"", b"{}", b'["../x"]', b"[1]", b"\0\0"])
+def test_a_note_of_moves_that_a_power_cut_took(tmp_path, note):
+    partial = begun(tmp_path / "model.gguf").with_name("model.gguf.partial")
+    (partial / "moving").write_bytes(note)
+    with opened(tmp_path / "model.gguf") as work:
+        assert work.resumed == 2
+
+
+def test_a_seal_is_not_part_of_what_makes_a_header_intact(tmp_path):
+    """Killed between the seal and the last rename, nothing is made again."""
+    (shard,) = SHARDS
+    sealed = replace(shard, seal=(9, 11))
+    for data in (b"ab", b"cd"):
+        with Workspace.open(tmp_path / "out", "digest", [sealed]) as work:
+            assert work.resumed == (0 if data == b"ab" else len(GROUPS))
+            if data == b"ab":
+                fill(work)
+            work.seal(data)
+            with pytest.raises(ValueError, match="seal of 2"):
+                work.seal(b"abc")
+    with Workspace.open(tmp_path / "out", "digest", [sealed]) as work:
+        work.publish()
+    assert (tmp_path / "out" / shard.file).read_bytes()[:12] == shard.header[:9] + b"cd" + shard.header[11:12]
