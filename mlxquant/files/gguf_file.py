@@ -1,4 +1,4 @@
-"""One GGUF file: metadata as plain Python values, and raw rows of blocks.
+"""One GGUF file, or all parts of a split one: metadata as plain Python values, and raw rows of blocks.
 
 The format is ggml's docs/gguf.md. `gguf.GGUFReader` maps the file, believes its counts and makes a numpy view
 for each token, so the header is walked here instead (GGUFReader is the tests' oracle): forward only, each
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,20 +39,25 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
 }  # fmt: skip
 _BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
 
-# gguf_metadata_value_type of the scalars -> struct format
+# gguf_metadata_value_type of the scalars -> struct format, which numpy knows, too
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_BOOL, _STRING, _ARRAY, _UINT32 = 7, 8, 9, 4
 _U64 = struct.Struct("<Q")
+PARTS_LIMIT = 1000
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """`shape` is outermost first (GGUF stores it the other way round); `offset` is from the file's start."""
+    """`shape` is outermost first (GGUF stores it the other way round); `offset` is from the file's start, and `part`
+    is the file's place in `GGUFFile.parts`.
+    """
 
     shape: tuple[int, ...]
     type_name: str
     offset: int
     nbytes: int
+    part: int = 0
 
     @property
     def width(self) -> int:
@@ -68,21 +74,38 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """`metadata`: {key: int, float, bool, str or list}; `tensors`: {name: GGUFTensor} in file order.
+    """`metadata`: {key: int, float, bool, str or list}; `tensors`: {name: GGUFTensor} in file order; `parts`: the
+    files, one unless the model is split: then the first part names the others, which must lie beside it.
 
     Holds no descriptor between reads, so there is nothing to close.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Reads the header. Raises SourceError, UnsupportedError for versions and types we do not know."""
+        """Reads the headers. Raises SourceError, UnsupportedError for versions and types we do not know."""
         self.path = Path(path)
-        self._file = InputFile(self.path)
-        with self._file.open() as fd, os.fdopen(os.dup(fd), "rb", buffering=2**20) as stream:
-            walk = _Walk(stream, self.path, self._file.nbytes)
-            n_tensors, n_keys = walk.preamble()
-            self.metadata: dict[str, Any] = walk.metadata(n_keys)
-            _refuse_split(self.path, self.metadata)
-            self.tensors: dict[str, GGUFTensor] = walk.tensors(n_tensors)
+        self._files = [InputFile(self.path)]
+        self.metadata, self._kinds, self.tensors = _read_header(self._files[0], 0)
+        for part in _other_parts(self.path, self.metadata):
+            self._add(InputFile(part))
+        self.parts = tuple(file.path for file in self._files)
+        total = self.metadata.get("split.tensors.count", len(self.tensors))
+        if len(self.parts) > 1 and total != len(self.tensors):
+            raise SourceError(f"{self.path}: its {len(self.parts)} parts hold {len(self.tensors)} of {total} tensors")
+
+    def _add(self, file: InputFile) -> None:
+        number = len(self._files)
+        metadata, _, tensors = _read_header(file, number)
+        if (metadata.get("split.no"), metadata.get("split.count")) != (number, self.metadata["split.count"]):
+            raise SourceError(f"{file.path}: is not part {number + 1} of {self.path.name}", hint="download it again")
+        if twice := sorted(tensors.keys() & self.tensors.keys()):
+            raise SourceError(f"{file.path}: has the tensor {shown(twice[0])}, which an earlier part has as well")
+        self._files.append(file)
+        self.tensors |= tensors
+
+    @property
+    def typed(self) -> dict[str, Any]:
+        """`metadata` with GGUF's own types: numpy scalars and arrays, bool, str, list[str], list[bool]."""
+        return {key: _typed(value, *self._kinds[key]) for key, value in self.metadata.items()}
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows start..stop as raw blocks, uint8 (stop - start, row_bytes).
@@ -95,20 +118,70 @@ class GGUFFile:
         if not 0 <= start <= stop <= tensor.rows:
             raise ValueError(f"rows {start}..{stop} of {name}, which has {tensor.rows}")
         rows = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        self._file.read_into(tensor.offset + start * tensor.row_bytes, rows, f"tensor {shown(name)}")
+        file = self._files[tensor.part]
+        file.read_into(tensor.offset + start * tensor.row_bytes, rows, f"tensor {shown(name)}")
         return rows
+
+
+def _read_header(
+    file: InputFile, part: int
+) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, GGUFTensor]]:
+    with file.open() as fd, os.fdopen(os.dup(fd), "rb", buffering=2**20) as stream:
+        walk = _Walk(stream, file.path, file.nbytes, part)
+        n_tensors, n_keys = walk.preamble()
+        metadata = walk.metadata(n_keys)
+        return metadata, walk.kinds, walk.tensors(n_tensors)
+
+
+def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """Of a split model, by the names that llama.cpp gives them (llama_split_path)."""
+    count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
+    if not isinstance(count, int) or count <= 1:
+        return []
+    name = _SPLIT_NAME.fullmatch(path.name)
+    if count > PARTS_LIMIT or name is None or int(name["count"]) != count:
+        raise SourceError(
+            f"{path}: is one of {shown(count)} parts of a split model, expected a name like "
+            "MODEL-00001-of-00003.gguf",
+            hint="give the parts their names back",
+        )
+    others = [path.with_name(f"{name['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(2, count + 1)]
+    if number != 0:
+        raise SourceError(
+            f"{path}: is part {shown(number)} of a split model, counted from 0",
+            hint=f"give the first one, {name['stem']}-00001-of-{count:05d}.gguf",
+        )
+    if missing := [part for part in others if not part.is_file()]:
+        raise SourceError(
+            f"{missing[0]}: is missing; {path.name} is the first of {count} parts", hint="put all parts into one folder"
+        )
+    return others
+
+
+def _typed(value: Any, kind: int, inner: int) -> Any:
+    if kind in _SCALARS and kind != _BOOL:
+        return _dtype(kind).type(value)
+    if kind == _ARRAY and inner not in (_STRING, _BOOL):
+        return np.array(value, _dtype(inner))
+    return value
+
+
+def _dtype(kind: int) -> np.dtype[Any]:
+    return np.dtype(np.dtype(_SCALARS[kind]).str)  # Q alone is C's long long, which is not numpy's uint64 everywhere
 
 
 class _Walk:
     """Goes through the header once, front to back."""
 
-    def __init__(self, stream: BinaryIO, path: Path, file_bytes: int) -> None:
+    def __init__(self, stream: BinaryIO, path: Path, file_bytes: int, part: int) -> None:
         self._read = stream.read
         self._path = path
         self._file_bytes = file_bytes
         self._left = self._budget = min(file_bytes, HEADER_LIMIT_BYTES)
         self._elements_left = ELEMENT_LIMIT
         self._alignment = 32
+        self._part = part
+        self.kinds: dict[str, tuple[int, int]] = {}  # key: (value type, type of an array's elements)
 
     def preamble(self) -> tuple[int, int]:
         """(tensors, metadata keys)."""
@@ -133,6 +206,7 @@ class _Walk:
             if key in values:
                 raise self._wrong(f"has the metadata key {shown(key)} twice")
             kind = self._number("I", f"key {shown(key)}")
+            self.kinds[key] = kind, kind
             values[key] = self._value(kind, key)
             if key == "general.alignment":
                 self._set_alignment(kind, values[key])
@@ -147,7 +221,7 @@ class _Walk:
             found[name] = self._tensor(name)
         header_bytes = self._budget - self._left
         base = -(-header_bytes // self._alignment) * self._alignment
-        placed = {n: GGUFTensor(t.shape, t.type_name, base + t.offset, t.nbytes) for n, t in found.items()}
+        placed = {name: replace(t, offset=base + t.offset) for name, t in found.items()}
         self._check_places(placed)
         return placed
 
@@ -169,7 +243,7 @@ class _Walk:
             raise self._wrong(f"{what} has shape {shape}, which {type_name} blocks of {elements} cannot hold")
         if offset % self._alignment:
             raise self._wrong(f"{what} begins at {offset}, expected a multiple of {self._alignment}")
-        return GGUFTensor(shape, type_name, offset, math.prod(shape) // elements * nbytes)
+        return GGUFTensor(shape, type_name, offset, math.prod(shape) // elements * nbytes, self._part)
 
     def _check_places(self, tensors: dict[str, GGUFTensor]) -> None:
         end, before = 0, ""
@@ -198,6 +272,7 @@ class _Walk:
         if count > self._elements_left:
             raise self._wrong(f"{what} has {count} elements, expected at most {ELEMENT_LIMIT} in all")
         self._elements_left -= count
+        self.kinds[key] = _ARRAY, kind
         if kind == _STRING:
             return [self._string(what) for _ in range(count)]
         if kind not in _SCALARS:
@@ -234,12 +309,3 @@ class _Walk:
 
     def _wrong(self, found: str) -> SourceError:
         return SourceError(f"{self._path}: {found}")
-
-
-def _refuse_split(path: Path, metadata: dict[str, Any]) -> None:
-    parts = metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedError(
-            f"{path}: is one of the {parts} parts of a split GGUF, which are not read",
-            hint="join them first: llama-gguf-split --merge FIRST-PART OUT.gguf",
-        )
