@@ -1,6 +1,7 @@
 """ggml's block formats: rows of floats -> raw blocks, and back.
 
-Nothing here loads numba before rows are encoded: planning asks for `block` and `ENCODED` alone.
+The types we write have kernels of our own; the others are decoded by the `gguf` package, which llama.cpp's maintainers
+hold against ggml. Nothing here loads numba before rows come: planning asks for `block` and `ENCODED` alone.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 from mlxquant.codecs.floats import Array
 from mlxquant.errors import UnsupportedError
 
-_NAMES = (
-    *("F32", "F16", "BF16"),
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"),
-    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
-)
-ENCODED = (
-    *("F32", "F16", "BF16"),
+_FLOATS = ("F32", "F16", "BF16")
+_BLOCKS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
+)
+ENCODED = _FLOATS + _BLOCKS
+_NAMES = (
+    *ENCODED,
+    *("IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"),
+    *("MXFP4", "NVFP4"),
 )
 # An older gguf has not all of them.
 _TYPES = {name: GGMLQuantizationType[name] for name in _NAMES if name in GGMLQuantizationType.__members__}
@@ -86,6 +86,10 @@ def decode_rows(raw: Array, type_name: str, width: int) -> Array:
         raise ValueError(f"{width} columns of {type_name} take {width / elements * size:g} bytes, not {raw.shape}")
     if not raw.size:
         return np.empty((len(raw), width), np.float32)
+    if type_name in _BLOCKS:
+        from mlxquant.codecs.ggml_decode import decode
+
+        return decode(raw, type_name, width)
     with np.errstate(invalid="ignore", over="ignore"):
         rows = quants.dequantize(np.ascontiguousarray(raw), _kind(type_name))
     return np.asarray(rows, np.float32).reshape(len(raw), width)

@@ -169,7 +169,7 @@ def _put_codes(code_JL, lane, out):
 
 @jit
 def _means(x_JL, mean_L, supers):
-    """Twice the mean square of each super-block, at all of its lanes: lane b * supers + s is block b of super-block s."""
+    """Twice the mean square of each super-block, at all of its lanes: b * supers + s is block b of super-block s."""
     blocks = _LANES // supers
     mean_L[:] = _ZERO
     for b in range(blocks):
@@ -185,7 +185,7 @@ def _means(x_JL, mean_L, supers):
 
 @jit
 def encode_iq4_nl(x_N, importance_I, width, out):
-    """Whole rows of float32 -> blocks of 18 bytes: float16 d, 16 bytes of codes."""
+    """Whole rows of float32 -> blocks of 18 bytes: float16 d, codes."""
     x_JL, weight_JL, code_JL, mean, scale, inverse = _tile()
     weighted = importance_I.size > 0
     blocks = x_N.size // _BLOCK
@@ -211,7 +211,7 @@ def encode_iq4_nl(x_N, importance_I, width, out):
 
 @jit
 def encode_iq4_xs(x_N, importance_I, width, out):
-    """Whole rows of float32 -> blocks of 136 bytes: float16 d, 8 x 2 high and 8 x 4 low bits of l, 128 bytes of codes."""
+    """Whole rows of float32 -> blocks of 136 bytes: float16 d, the high 2 and the low 4 bits of each l, codes."""
     x_JL, weight_JL, code_JL, mean, scale, inverse = _tile()
     weighted = importance_I.size > 0
     supers = x_N.size // (_BLOCK * _SUPER)

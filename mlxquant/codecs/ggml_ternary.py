@@ -22,7 +22,7 @@ _SIZE = np.uint32(0x7FFFFFFF)
 
 @jit
 def _peak(bits):
-    """The greatest magnitude, as bits: they are ordered as the numbers are, and integers have a maximum that vectorizes."""
+    """The greatest magnitude, as bits: ordered as the numbers are, and integers have a maximum that vectorizes."""
     top = np.uint32(0)
     for i in range(_WIDTH):
         size = np.uint32(bits[i] & _SIZE)
