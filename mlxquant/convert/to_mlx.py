@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mlxquant.convert.gather import chunks, refuse_shifted_norms, rows
 from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
+from mlxquant.convert.streaming import Line, Progress, Silent, line
 from mlxquant.errors import SourceError
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
@@ -23,23 +24,6 @@ from mlxquant.plan.plan import Plan, PlannedTensor
 from mlxquant.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
-
-
-class Progress(Protocol):
-    """What the executor tells whoever watches: so many source bytes of so many are done."""
-
-    def start(self, total_bytes: int, done_bytes: int) -> None: ...
-    def advance(self, nbytes: int) -> None: ...
-
-
-class Silent:
-    """Nobody watches."""
-
-    def start(self, total_bytes: int, done_bytes: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        pass
 
 
 def to_mlx(
@@ -67,14 +51,13 @@ def to_mlx(
     digest = hashlib.sha256(f"{plan.digest()} {shard_bytes} {fingerprint(source)}".encode()).hexdigest()
     with (
         Workspace.open(out, digest, shards, source=source.path, resume=resume, restart=restart, force=force) as work,
-        ThreadPoolExecutor(1) as ahead,
-        ThreadPoolExecutor(1) as behind,
+        line() as threads,
     ):
         todo = [t for t in plan.tensors if not work.done(t.name)]
         total = sum(map(source_bytes, plan.tensors))
         watch.start(total, total - sum(map(source_bytes, todo)))
         for tensor in todo:
-            stream(source, tensor, work, watch, ahead, behind)
+            stream(source, tensor, work, watch, threads)
         write_small_files(source, plan, work, {**small, INDEX: index_json(shards, plan.size)})
         work.publish()
     return out
@@ -84,46 +67,18 @@ def source_bytes(tensor: PlannedTensor) -> int:
     return tensor.size * DTYPES[tensor.target.dtype].itemsize
 
 
-def stream(
-    source: OpenSource,
-    tensor: PlannedTensor,
-    work: Workspace,
-    watch: Progress,
-    ahead: ThreadPoolExecutor,
-    behind: ThreadPoolExecutor,
-) -> None:
-    """Encodes one tensor chunk by chunk.
-
-    The next chunk is read, and the last one hashed and written, while the kernels encode: those wait on the disk and
-    release the GIL, these keep the cores busy. Never more than one chunk waits on either side.
-    """
+def stream(source: OpenSource, tensor: PlannedTensor, work: Workspace, watch: Progress, threads: Line) -> None:
+    """Encodes one tensor chunk by chunk."""
     parts = [part.name for part in tensor.parts]
 
     def put(arrays: tuple[Array, ...]) -> None:
         for name, array in zip(parts, arrays, strict=True):
             work.write(name, array)
 
-    writing: Future[None] | None = None
-    for raw, start in read_ahead(source, tensor, ahead):
-        arrays = encode_named(tensor, raw, start)
-        if writing:
-            writing.result()
-        writing = behind.submit(put, arrays)
-        watch.advance(raw.nbytes)
-    if writing:
-        writing.result()
+    threads.run(
+        list(chunks(tensor.target)), partial(rows, source, tensor.target), partial(encode_named, tensor), put, watch
+    )
     work.finish(tensor.name, parts)
-
-
-def read_ahead(source: OpenSource, tensor: PlannedTensor, ahead: ThreadPoolExecutor) -> Iterator[tuple[Array, int]]:
-    """(raw rows, first row) of the target in order, the next chunk being read while the caller works on this one."""
-    ranges = list(chunks(tensor.target))
-    coming = ahead.submit(rows, source, tensor.target, *ranges[0])
-    for (start, _), following in zip(ranges, [*ranges[1:], None], strict=True):
-        raw = coming.result()
-        if following:
-            coming = ahead.submit(rows, source, tensor.target, *following)
-        yield raw, start
 
 
 def encode_named(tensor: PlannedTensor, raw: Array, start: int) -> tuple[Array, ...]:
