@@ -8,13 +8,13 @@ PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; d
   $$p -c 'import platform as p, sys; sys.exit(sys.version_info < (3, 11) or (p.system(), p.machine()) == ("Darwin", "x86_64"))' \
   >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: demo test check bench slow clean
+.PHONY: demo test check bench slow oracle clean
 
 demo: $(STAMP)
 	$(PY) scripts/demo.py
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not slow"
+	$(PY) -m pytest -q -m "not slow and not oracle"
 
 check: $(STAMP)
 	$(PY) -m ruff check .
@@ -29,6 +29,10 @@ bench: $(STAMP)
 
 slow: $(STAMP)
 	$(PY) -m pytest -q -m slow
+
+# Against llama.cpp's own tools, built from source in .oracle/ the first time.
+oracle: $(STAMP)
+	$(PY) scripts/oracle.py
 
 # uv where it is installed (seconds), else venv + pip (a minute).
 $(STAMP): pyproject.toml

@@ -1,9 +1,9 @@
 """Writes tests/fixtures/gguf_types/*.json: the types llama-quantize gives to each tensor of files without weights.
 
-    MLXQUANT_LLAMA_CPP=FOLDER python scripts/oracle_types.py [MODEL ...]
+    python scripts/oracle_types.py [MODEL ...]
 
-FOLDER is llama.cpp's, with build/bin (`make oracle` makes one). A file's data section is a hole, and
-`llama-quantize --dry-run` reads none of it, so each of the 800 runs takes milliseconds.
+The tool is `make oracle`'s, or that of MLXQUANT_LLAMA_CPP. A file's data section is a hole, and
+`llama-quantize --dry-run` reads none of it, so each of the 700 runs takes milliseconds.
 
 In a fixture `blk.0-3,7.attn_q.weight` stands for five tensors, and "*" for all that the other types of a run and
 `kept`, what no run touches, do not name.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from oracle import tool
 from oracle_models import MODELS
 
 from mlxquant.plan.gguf_types import FILE_TYPES, FLOAT_TYPES, float_type
@@ -72,21 +72,21 @@ MORE_RUNS: dict[str, list[list[str]]] = {
 
 
 def main() -> None:
-    tool = Path(os.environ["MLXQUANT_LLAMA_CPP"]) / "build" / "bin" / "llama-quantize"
+    quantize = tool("llama-quantize")
     OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         imatrix = write_imatrix(Path(folder) / "imatrix.gguf")
         for name in sys.argv[1:] or MODELS:
-            path = write_fixture(name, tool, imatrix, Path(folder) / f"{name}.gguf")
+            path = write_fixture(name, quantize, imatrix, Path(folder) / f"{name}.gguf")
             print(f"{path.name}: {path.stat().st_size} bytes")
 
 
-def write_fixture(name: str, tool: Path, imatrix: Path, model: Path) -> Path:
+def write_fixture(name: str, quantize: Path, imatrix: Path, model: Path) -> Path:
     metadata, shapes = MODELS[name]()
     stored = {tensor: float_type(tensor, shape, "F16") for tensor, shape in shapes.items()}
     write_model(model, metadata, shapes, stored)
     runs = [[t] for t in QUANTIZED] + [["--imatrix", t] for t in ASKING] + MORE_RUNS.get(name, [])
-    told = [dry_run(tool, model, imatrix, args) for args in runs]
+    told = [dry_run(quantize, model, imatrix, args) for args in runs]
     model.unlink()
     kept = {tensor: t for tensor, t in stored.items() if all(types[tensor] == t for types in told)}
     fixture = {
@@ -102,11 +102,11 @@ def write_fixture(name: str, tool: Path, imatrix: Path, model: Path) -> Path:
     return path
 
 
-def dry_run(tool: Path, model: Path, imatrix: Path, args: list[str]) -> dict[str, str]:
+def dry_run(quantize: Path, model: Path, imatrix: Path, args: list[str]) -> dict[str, str]:
     """{tensor: type} as the tool prints them, in its order."""
     flags = [part for arg in args[:-1] for part in ([arg, str(imatrix)] if arg == "--imatrix" else [arg])]
     done = subprocess.run(
-        [tool, "--dry-run", *flags, model, args[-1]],
+        [quantize, "--dry-run", *flags, model, args[-1]],
         capture_output=True,
         text=True,
         check=False,
