@@ -1,8 +1,8 @@
-"""Rows of an MLX target, put together from rows of source tensors. The only place that carries out a Layout."""
+"""Rows of a target, put together from rows of source tensors. The only place that carries out a Layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxquant.codecs.floats import narrow, widen
 from mlxquant.errors import SourceError
-from mlxquant.families.layout import Piece, Target
+from mlxquant.families.layout import Change, Piece, Target
 from mlxquant.files.source import Source
 from mlxquant.tensors import TensorSpec
 
@@ -20,14 +20,26 @@ Array = np.ndarray[Any, Any]
 CHUNK_BYTES = 8 * 2**20
 WHOLE = {"mla_embed_q", "mla_unembed"}
 
+# float32 -> float32. Exponential and logarithm in float64, so that the rounded result is the same on every machine.
+_ELEMENTWISE: dict[Change, Callable[[Array], Array]] = {
+    "add_one": lambda w: w + np.float32(1),
+    "subtract_one": lambda w: w - np.float32(1),
+    "neg_exp": lambda w: (-np.exp(w.astype(np.float64))).astype(np.float32),
+    "log_neg": lambda w: np.log(-w.astype(np.float64)).astype(np.float32),
+}
+
 
 def chunks(target: Target, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """(start, stop) row ranges that cover the target, each about `chunk_bytes` of source."""
+    """(start, stop) row ranges that cover the target, each about `chunk_bytes` of source.
+
+    Never more than one matrix of a transposed stack at a time: each has to be read whole for any of its rows.
+    """
     spec = TensorSpec(target.name, target.shape, target.dtype)
     if target.change in WHOLE or not spec.size:
         yield 0, spec.rows
         return
     step = max(1, chunk_bytes // max(1, spec.nbytes // spec.rows))
+    step = target.shape[-2] if target.change == "transposed" else step
     for start in range(0, spec.rows, step):
         yield start, min(start + step, spec.rows)
 
@@ -37,22 +49,47 @@ def rows(source: Source, target: Target, start: int, stop: int) -> Array:
 
     Raises SourceError naming the tensor when a file is short.
     """
+    raw = _unchanged(source, target, start, stop)
+    if (change := _ELEMENTWISE.get(target.change)) is None:
+        return raw
+    return narrow(change(widen(raw, target.dtype)), target.dtype)
+
+
+def wide_rows(source: Source, target: Target, start: int, stop: int) -> Array:
+    """The same rows as float32, with numbers changed in float32 and not rounded to the source's dtype again: what
+    llama.cpp's converter, which reads bfloat16 as float32, makes of them.
+
+    Raises SourceError naming the tensor when a file is short.
+    """
+    values = widen(_unchanged(source, target, start, stop), target.dtype)
+    change = _ELEMENTWISE.get(target.change)
+    return values if change is None else change(values)
+
+
+def _unchanged(source: Source, target: Target, start: int, stop: int) -> Array:
+    """Rows before any change of their numbers."""
     if target.change in WHOLE:
         return _mla_half(source, target)
-    if _is_reshape(source, target):
+    if target.change in ("pairs", "halves"):
+        return _rotary(source, target, start, stop)
+    if target.change == "elements":
+        return _elements(source, target)[start:stop]
+    if target.change == "mxfp4":
+        return _mxfp4_floats(source, target, start, stop)
+    if target.change == "none" and _is_reshape(source, target):
         return _reshaped(source, target)[start:stop]
     parts = list(_pieces(source, target, start, stop))
-    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return _add_one(raw, target) if target.change == "add_one" else raw
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _pieces(source: Source, target: Target, start: int, stop: int) -> Iterator[Array]:
     """The parts of start..stop that lie in each piece, in order."""
+    read = _columns if target.change == "transposed" else _read
     offset = 0
     for piece in target.pieces:
         first, last = max(start, offset), min(stop, offset + piece.count)
         if first < last:
-            yield _read(source, piece, first - offset, last - offset)
+            yield read(source, piece, first - offset, last - offset)
         offset += piece.count
 
 
@@ -73,8 +110,72 @@ def _read(source: Source, piece: Piece, first: int, last: int) -> Array:
     return source.read_rows(piece.source, start, start + (last - first - 1) * piece.step + 1)[:: piece.step]
 
 
-def _add_one(raw: Array, target: Target) -> Array:
-    return narrow(widen(raw, target.dtype) + np.float32(1), target.dtype)
+def _columns(source: Source, piece: Piece, first: int, last: int) -> Array:
+    """Rows of a matrix that lies transposed in the source: the columns of one matrix of the stack."""
+    spec = source.specs[piece.source]
+    height = spec.shape[-2]
+    matrix, column = divmod(piece.start + first * piece.step, spec.width)
+    block = source.read_rows(piece.source, matrix * height, (matrix + 1) * height)
+    return np.ascontiguousarray(block[:, column : column + (last - first - 1) * piece.step + 1 : piece.step].T)
+
+
+def _elements(source: Source, target: Target) -> Array:
+    (piece,) = target.pieces
+    flat = source.read_rows(piece.source, 0, source.specs[piece.source].rows).reshape(-1)
+    taken = flat[piece.start : piece.start + (piece.count - 1) * piece.step + 1 : piece.step]
+    return np.ascontiguousarray(taken).reshape(-1, target.shape[-1])
+
+
+def _rotary(source: Source, target: Target, start: int, stop: int) -> Array:
+    """Between Hugging Face's rotary order and llama.cpp's; a vector's elements move as a matrix's rows do."""
+    name = target.pieces[0].source
+    if len(target.shape) == 1:
+        return np.take(source.read_rows(name, 0, 1), rotary_order(target, 0, target.shape[0]), axis=1)
+    wanted = rotary_order(target, start, stop)
+    if not len(wanted):
+        return source.read_rows(name, 0, 0)
+    first, last = int(wanted.min()), int(wanted.max()) + 1
+    return np.take(source.read_rows(name, first, last), wanted - first, axis=0)
+
+
+def rotary_order(target: Target, start: int, stop: int) -> Array:
+    """The source rows that are rows start..stop of a target whose change is pairs or halves.
+
+    llama.cpp puts the two halves of each head's rotary pairs side by side (conversion/llama.py, permute): Hugging
+    Face's row (half, i) of a head lies there at 2 * i + half.
+    """
+    head_dim = target.shape[0] // target.heads
+    head, inside = np.divmod(np.arange(start, stop), head_dim)
+    if target.change == "pairs":
+        i, half = np.divmod(inside, 2)
+        inside = half * (head_dim // 2) + i
+    else:
+        half, i = np.divmod(inside, head_dim // 2)
+        inside = 2 * i + half
+    return np.asarray(head * head_dim + inside)
+
+
+def mxfp4_rows(source: Source, target: Target, start: int, stop: int) -> Array:
+    """Rows of a target whose change is mxfp4 as GGUF's MXFP4 blocks, (rows, 17 bytes per 32 weights) uint8, exactly.
+
+    Both formats keep the same codes and the same scale byte. Hugging Face's byte i of a block holds weights 2i and
+    2i + 1, ggml's (block_mxfp4) weights i and i + 16, the earlier one in the low nibble.
+    """
+    codes, scales = target.pieces
+    groups = source.specs[scales.source].width
+    first, last = codes.start + start * codes.step, codes.start + (stop - 1) * codes.step + 1
+    packed = source.read_rows(codes.source, first * groups, last * groups).reshape(-1, groups, 16)[:: codes.step]
+    nibbles = np.stack((packed & 15, packed >> 4), axis=-1).reshape(-1, groups, 2, 16)
+    blocks = np.empty((stop - start, groups, 17), np.uint8)
+    blocks[..., 0] = _read(source, scales, start, stop)
+    blocks[..., 1:] = nibbles[:, :, 0] | nibbles[:, :, 1] << 4
+    return blocks.reshape(stop - start, -1)
+
+
+def _mxfp4_floats(source: Source, target: Target, start: int, stop: int) -> Array:
+    from mlxquant.codecs.ggml import decode_rows
+
+    return decode_rows(mxfp4_rows(source, target, start, stop), "MXFP4", target.shape[-1])
 
 
 def refuse_shifted_norms(source: Source, targets: Iterable[Target]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from mlxquant.codecs.ggml import decode_rows
+from mlxquant.convert.gather import rows
 from mlxquant.convert.sources import header_hash
-from mlxquant.families.gguf import ROPE_FREQS, Origin, hf_config, hf_tensors
+from mlxquant.families.gguf import ROPE_FREQS, hf_config
+from mlxquant.families.gguf_tensors import hf_tensors
 from mlxquant.files.gguf_file import GGUFFile
 from mlxquant.tensors import TensorSpec
 
@@ -21,6 +23,20 @@ Array = np.ndarray[Any, Any]
 DTYPE = "float16"
 
 
+class _Blocks:
+    """The file's own tensors, decoded to float32: the Source that a GGUF file's layout is carried out on."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+        self.path = file.path
+        self.config: dict[str, Any] = {}
+        self.specs: Mapping[str, TensorSpec] = {n: TensorSpec(n, t.shape, "F32") for n, t in file.tensors.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        tensor = self._file.tensors[name]
+        return decode_rows(self._file.read_rows(name, start, stop), tensor.type_name, tensor.shape[-1])
+
+
 class GGUFSource:
     """Every tensor is handed out as float32, whatever its blocks are: decoded once, rounded once by the codec."""
 
@@ -29,11 +45,12 @@ class GGUFSource:
         self.weight_files: tuple[Path, ...] = (path,)
         self._file = GGUFFile(path)
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        self._origins = hf_tensors(self._file.metadata, shapes)
+        self._blocks = _Blocks(self._file)
+        self._targets = hf_tensors(self._file.metadata, shapes)
         self.config: dict[str, Any] = hf_config(self._file.metadata, shapes, self._rope_freqs())
         self.config["torch_dtype"] = DTYPE
         self.specs: Mapping[str, TensorSpec] = {
-            name: TensorSpec(name, from_.shape, "F32") for name, from_ in self._origins.items()
+            name: TensorSpec(name, target.shape, target.dtype) for name, target in self._targets.items()
         }
         types = sorted({tensor.type_name for tensor in self._file.tensors.values()})
         self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})} | header_hash(self.specs)
@@ -49,38 +66,13 @@ class GGUFSource:
     def _rope_freqs(self) -> list[float] | None:
         if ROPE_FREQS not in self._file.tensors:
             return None
-        return [float(x) for x in self._decode(ROPE_FREQS, 0, 1)[0]]
-
-    def _decode(self, name: str, start: int, stop: int) -> Array:
-        tensor = self._file.tensors[name]
-        return decode_rows(self._file.read_rows(name, start, stop), tensor.type_name, tensor.shape[-1])
+        return [float(x) for x in self._blocks.read_rows(ROPE_FREQS, 0, 1)[0]]
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
-        """float32 (stop - start, width), in Hugging Face's row order."""
-        origin = self._origins[name]
-        if not origin.heads:
-            return self._decode(origin.tensor, start, stop)
-        if len(origin.shape) == 1:  # a bias: its one row holds what a weight has in its rows
-            return self._decode(origin.tensor, 0, 1)[:, rotary_rows(origin, 0, origin.shape[0])]
-        wanted = rotary_rows(origin, start, stop)
-        first, last = int(wanted.min()), int(wanted.max()) + 1
-        rows: Array = self._decode(origin.tensor, first, last)[wanted - first]
-        return rows
+        """float32 (stop - start, width), rows, norms and experts as Hugging Face or MLX has them."""
+        return rows(self._blocks, self._targets[name], start, stop)
 
     def sidecars(self) -> dict[str, bytes]:
         from mlxquant.families.gguf_tokenizer import tokenizer_files
 
         return tokenizer_files(self._file.metadata)
-
-
-def rotary_rows(origin: Origin, start: int, stop: int) -> Array:
-    """The GGUF rows that are Hugging Face's rows start..stop.
-
-    llama.cpp puts the two halves of each head's rotary pairs side by side (conversion/llama.py, permute): Hugging
-    Face's row (half, i) of a head lies there at 2 * i + half.
-    """
-    head_dim = origin.shape[0] // origin.heads
-    row = np.arange(start, stop)
-    head, inside = row // head_dim, row % head_dim
-    half, i = inside // (head_dim // 2), inside % (head_dim // 2)
-    return np.asarray(head * head_dim + 2 * i + half)

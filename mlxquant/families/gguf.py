@@ -1,13 +1,10 @@
-"""A GGUF file seen as a Hugging Face model: its config.json, and where each Hugging Face tensor lies in the
-file.
+"""A GGUF file seen as a Hugging Face model: its config.json. Where each tensor lies is in gguf_tensors.py.
 
-Only names, shapes and key-value pairs are looked at. Key names: the GGUF specification (ggml/docs/gguf.md);
-tensor names and the rotary order of q and k: llama.cpp's converter (conversion/llama.py,
-gguf-py/gguf/constants.py)."""
+Only names, shapes and key-value pairs are looked at. Key names: the GGUF specification (ggml/docs/gguf.md).
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +14,6 @@ from mlxquant.families.gguf_metadata import Metadata
 from mlxquant.families.gguf_rope import rope_scaling
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where one Hugging Face tensor lies in a GGUF file.
-
-    heads > 0: its rows are in llama.cpp's rotary order, inside each of so many heads.
-    """
-
-    tensor: str
-    shape: Shape
-    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,38 +37,6 @@ FAMILIES = {
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
 }
 
-# GGUF name -> Hugging Face name and shape; the letters are the dimensions of `_dimensions`.
-_MODEL = {
-    "token_embd.weight": ("model.embed_tokens.weight", "VD"),
-    "output_norm.weight": ("model.norm.weight", "D"),
-    "output.weight": ("lm_head.weight", "VD"),
-}
-_BLOCK = {
-    "attn_norm.weight": ("input_layernorm.weight", "D"),
-    "attn_q.weight": ("self_attn.q_proj.weight", "QD"),
-    "attn_k.weight": ("self_attn.k_proj.weight", "KD"),
-    "attn_v.weight": ("self_attn.v_proj.weight", "KD"),
-    "attn_output.weight": ("self_attn.o_proj.weight", "DQ"),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", "D"),
-    "ffn_gate.weight": ("mlp.gate_proj.weight", "FD"),
-    "ffn_up.weight": ("mlp.up_proj.weight", "FD"),
-    "ffn_down.weight": ("mlp.down_proj.weight", "DF"),
-}
-_QKV_BIAS = {
-    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
-    "attn_k.bias": ("self_attn.k_proj.bias", "K"),
-    "attn_v.bias": ("self_attn.v_proj.bias", "K"),
-}
-_OUTPUT_BIAS = {"attn_output.bias": ("self_attn.o_proj.bias", "D")}
-_FFN_BIAS = {
-    "ffn_gate.bias": ("mlp.gate_proj.bias", "F"),
-    "ffn_up.bias": ("mlp.up_proj.bias", "F"),
-    "ffn_down.bias": ("mlp.down_proj.bias", "D"),
-}
-_QK_NORM = {
-    "attn_q_norm.weight": ("self_attn.q_norm.weight", "H"),
-    "attn_k_norm.weight": ("self_attn.k_norm.weight", "H"),
-}
 ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -119,33 +72,6 @@ def hf_config(
         _check_head_dim(family, config)
         del config["head_dim"]
     return config | token_ids(meta)
-
-
-def hf_tensors(metadata: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, Origin]:
-    """Hugging Face tensor name -> its origin, in reading order. Shapes are as in `hf_config` on both sides.
-
-    Every tensor of the file is accounted for: raises UnsupportedError for one that has no place, SourceError
-    for one that is missing or whose shape is not what the key-value pairs say."""
-    meta = Metadata(metadata)
-    family, arch = _family(meta)
-    _, heads, kv_heads = _heads(meta, arch)
-    dims = _dimensions(meta, arch, shapes)
-    found: dict[str, Origin] = {}
-    for name, (hf_name, letters) in _names(meta, family, arch, shapes):
-        expected, shape = tuple(dims[letter] for letter in letters), _shape(shapes, name)
-        if shape != expected:
-            raise SourceError(f"GGUF tensor {name}: shape {shape}, expected {expected} by the file's own keys")
-        rotary = re.search(r"\.attn_([qk])\.(?:weight|bias)$", name) if family.permuted else None
-        if rotary:
-            found[hf_name] = Origin(name, shape, heads if rotary[1] == "q" else kv_heads)
-        else:
-            found[hf_name] = Origin(name, shape)
-    if unknown := sorted(shapes.keys() - {o.tensor for o in found.values()} - {ROPE_FREQS}):
-        raise UnsupportedError(
-            f"GGUF tensor {unknown[0]!r:.80} ({len(unknown)} in all) has no place in a {family.class_name}",
-            hint="give the model's Hugging Face folder instead",
-        )
-    return found
 
 
 def token_ids(meta: Metadata) -> dict[str, Any]:
@@ -239,36 +165,6 @@ def _head_dim(meta: Metadata, arch: str, hidden: int, heads: int) -> int:
     if head_dim % 2:
         raise SourceError(f"GGUF: attention heads are {head_dim} wide, expected an even number")
     return head_dim
-
-
-def _dimensions(meta: Metadata, arch: str, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    hidden, heads, kv_heads = _heads(meta, arch)
-    head_dim = _head_dim(meta, arch, hidden, heads)
-    return {
-        "V": _shape(shapes, "token_embd.weight")[0],
-        "D": hidden,
-        "F": meta.each_layer(f"{arch}.feed_forward_length"),
-        "H": head_dim,
-        "Q": heads * head_dim,
-        "K": kv_heads * head_dim,
-    }
-
-
-def _names(meta: Metadata, family: Family, arch: str, shapes: Mapping[str, Shape]) -> list[tuple[str, tuple[str, str]]]:
-    """(GGUF name, (Hugging Face name, dimension letters)) for every tensor this model must have."""
-    block = dict(_BLOCK)
-    if family.qk_norm:
-        block |= _QK_NORM
-    if family.qkv_bias:
-        block |= _QKV_BIAS
-    if family.optional_bias and "blk.0.attn_q.bias" in shapes:
-        block |= _QKV_BIAS | _OUTPUT_BIAS
-    if family.optional_bias and "blk.0.ffn_up.bias" in shapes:
-        block |= _FFN_BIAS
-    names = [(k, v) for k, v in _MODEL.items() if k != "output.weight" or k in shapes]
-    for i in range(min(meta.integer(f"{arch}.block_count", least=1), len(shapes))):
-        names += [(f"blk.{i}.{k}", (f"model.layers.{i}.{hf}", dims)) for k, (hf, dims) in block.items()]
-    return names
 
 
 def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:

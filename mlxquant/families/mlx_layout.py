@@ -17,7 +17,7 @@ from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS
 from mlxquant.families.layout import Change, Layout, Piece, Target
 from mlxquant.families.mlx_config import text_config
-from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags
+from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags, sizes
 from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import TensorSpec
@@ -103,7 +103,7 @@ class _Build:
 
     def target(self, row: Row, name: str, source: str) -> Target | None:
         """The target for one expected tensor, or None with the missing names noted."""
-        out = tuple(self.size(word) for word in row.dims.split())
+        out = sizes(row.dims, self.dims)
         if source != name and name in self.sources:  # an MLX folder: stacked, split or halved already
             return self.make(row, name, out, [name], out, "same")
         if row.how == "stack":
@@ -143,11 +143,6 @@ class _Build:
             change="none" if how == "add_one" and self.shifted else _CHANGES.get(how, "none"),
             cast=row.cast,
         )
-
-    def size(self, word: str) -> int:
-        """'2f' -> 2 * f; '1' -> 1."""
-        digits, key = re.fullmatch(r"(\d*)(\w*)", word).groups()  # type: ignore[union-attr]
-        return int(digits or 1) * (self.dims[key] if key else 1)
 
     def check(self, spec: TensorSpec, expected: tuple[int, ...], first: TensorSpec) -> None:
         if spec.shape != expected:

@@ -388,6 +388,16 @@ def model_flags(config: Mapping[str, Any], shape: ModelShape) -> set[str]:
     return found
 
 
+def sizes(dims: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
+    """'2f h 1' -> (2 * f, h, 1)."""
+    found = []
+    for word in dims.split():
+        digits = word[: len(word) - len(word.lstrip("0123456789"))]
+        key = word.removeprefix(digits)
+        found.append(int(digits or 1) * (numbers[key] if key else 1))
+    return tuple(found)
+
+
 def dimensions(shape: ModelShape) -> dict[str, int]:
     """The words of `dims`, as numbers."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

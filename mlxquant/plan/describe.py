@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.errors import SourceError
-from mlxquant.families.gguf import ROPE_FREQS, hf_config, hf_tensors
+from mlxquant.families.gguf import ROPE_FREQS, hf_config
+from mlxquant.families.gguf_tensors import hf_tensors
 from mlxquant.families.mlx_layout import layout
 from mlxquant.families.roles import assign_roles
 from mlxquant.families.shape import ModelShape
@@ -165,7 +166,7 @@ def describe_gguf(
     else:
         specs = {name: TensorSpec(name, origin.shape, "F32") for name, origin in origins.items()}
         found, _, remarks = _roles(config, specs)
-        roles = {origins[name].tensor: role for name, role in found.items()}
+        roles = {piece.source: role for name, role in found.items() for piece in origins[name].pieces}
     stored = (Stored(name, t.shape, t.type_name, t.nbytes) for name, t in tensors.items())
     return Description(
         container="gguf",

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.gguf import FAMILIES, Origin, hf_config, hf_tensors
+from mlxquant.families.gguf import FAMILIES, hf_config
 from mlxquant.families.gguf_rope import llama3_factors
+from mlxquant.families.gguf_tensors import hf_tensors
+from mlxquant.families.layout import Piece, Target
 from tests import tiny
 from tests.gguf_files import LlamaCpp, permute, read_folder, read_gguf, write_gguf
 
@@ -56,8 +58,8 @@ def test_tensors_come_back_exactly(family: str, type: str, tied: bool, tmp_path:
     origins = hf_tensors(metadata, shapes)
     assert set(origins) == set(expected)
     for name, origin in origins.items():
-        got = values[origin.tensor]
-        if origin.heads:
+        got = values[origin.pieces[0].source]
+        if origin.change == "halves":
             got = unpermuted(got, origin.heads)
         assert origin.shape == got.shape
         assert np.array_equal(got, expected[name]), name
@@ -97,7 +99,7 @@ def test_mlx_lm_says_what_llama_cpp_says(family: str, tmp_path: Path) -> None:
     config = hf_config(metadata, shapes)
     weights = {}
     for name, origin in hf_tensors(metadata, shapes).items():
-        value = values[origin.tensor]
+        value = values[origin.pieces[0].source]
         weights[name] = mx.array(unpermuted(value, origin.heads) if origin.heads else value)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
@@ -117,9 +119,9 @@ def test_biases_of_a_llama_are_permuted_too(tmp_path: Path) -> None:
     shapes |= {f"blk.0.attn_{part}.bias": (n,) for part, n in (("q", 128), ("k", 64), ("v", 64), ("output", 64))}
     assert hf_config(metadata, shapes)["attention_bias"] is True
     origins = hf_tensors(metadata, shapes)
-    assert origins["model.layers.0.self_attn.k_proj.bias"] == Origin("blk.0.attn_k.bias", (64,), 2)
-    assert origins["model.layers.0.self_attn.v_proj.bias"] == Origin("blk.0.attn_v.bias", (64,))
-    assert origins["model.layers.0.self_attn.o_proj.bias"] == Origin("blk.0.attn_output.bias", (64,))
+    for part, theirs, change, heads in (("k", "k", "halves", 2), ("v", "v", "none", 0), ("o", "output", "none", 0)):
+        name, pieces = f"model.layers.0.self_attn.{part}_proj.bias", (Piece(f"blk.0.attn_{theirs}.bias", 0, 1),)
+        assert origins[name] == Target(name, (64,), "F32", pieces, change, heads=heads)
     del shapes["blk.0.attn_output.bias"]
     with pytest.raises(SourceError, match=r"blk\.0\.attn_output\.bias is missing"):
         hf_tensors(metadata, shapes)
@@ -132,7 +134,7 @@ def test_names_are_those_of_gguf_s_own_map(family: str, tmp_path: Path) -> None:
     arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, 2)
     for hf_name, origin in hf_tensors(metadata, shapes).items():
-        assert names.get_name(hf_name, try_suffixes=(".weight", ".bias")) == origin.tensor
+        assert names.get_name(hf_name, try_suffixes=(".weight", ".bias")) == origin.pieces[0].source
 
 
 @pytest.mark.parametrize("family", FAMILIES)
