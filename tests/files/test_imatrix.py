@@ -204,7 +204,7 @@ def test_dat_files_that_lie_end_in_one_line(tmp_path, data, message):
 
 
 def test_every_cut_of_a_real_file_is_read_or_refused(tmp_path):
-    """Until the end of what counts: a .dat's chunks and dataset are optional, a GGUF's last number is padded to 32 bytes."""
+    """Up to what counts: a .dat's chunks and dataset are optional, a GGUF's last number is padded to 32 bytes."""
     for form, optional_bytes in (("gguf", 32 - 4), ("dat", 4 + 4 + len("text.txt"))):
         data = (FIXTURES / f"moe.{form}").read_bytes()
         path, read = tmp_path / f"i.{form}", []
