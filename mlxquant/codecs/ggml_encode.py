@@ -8,14 +8,11 @@ neither the number of threads nor the split into tiles shows in the bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from mlxquant.codecs import kernels
+from mlxquant.codecs import ggml_iq4, ggml_ternary, ggml_type0, ggml_type1, kernels
 from mlxquant.codecs.blocks import as_bits, each_block
 from mlxquant.codecs.floats import Array, NonFiniteError, check, widen
 from mlxquant.codecs.kernels import jit
@@ -34,7 +31,7 @@ def encode(raw_OI: Array, source_code: str, type_name: str, importance_I: Array,
     rows, width = len(raw_OI), int(raw_OI.shape[1])
     out = np.empty((rows, row_bytes), np.uint8)
     blocks = out.reshape(-1)
-    kernel, largest = _kernels()[type_name], _LARGEST.get(type_name, _FINITE)
+    kernel, largest = ENCODERS[type_name], _LARGEST.get(type_name, _FINITE)
     load = _loader(raw_OI, source_code, width)
     tile_rows = max(1, _TILE // width)
 
@@ -70,14 +67,6 @@ def _loader(raw_OI: Array, code: str, width: int) -> Callable[[int, int, Array],
     return lambda first, last, out: kernels.load(flat[first * width : last * width], kind, kind, out)
 
 
-@cache
-def _kernels() -> dict[str, Kernel]:
-    # Until all four stand; then they are plain imports.
-    names = [f"mlxquant.codecs.ggml_{part}" for part in ("type0", "type1", "iq4", "ternary")]
-    modules = [import_module(name) for name in names if find_spec(name)]
-    return _FLOATS | {name: kernel for module in modules for name, kernel in getattr(module, "ENCODERS", {}).items()}
-
-
 @jit
 def _beyond(bits, largest):
     """Where the first number larger than `largest` stands, or -1: the top first, which vectorizes."""
@@ -102,4 +91,11 @@ _FLOATS: dict[str, Kernel] = {
     "F32": _float(kernels.F32, np.uint32),
     "F16": _float(kernels.F16, np.uint16),
     "BF16": _float(kernels.BF16, np.uint16),
+}
+ENCODERS: dict[str, Kernel] = {
+    **_FLOATS,
+    **ggml_type0.ENCODERS,
+    **ggml_type1.ENCODERS,
+    **ggml_iq4.ENCODERS,
+    **ggml_ternary.ENCODERS,
 }
