@@ -334,40 +334,50 @@ def _fifths(word):
 @jit
 def encode_q8_0(x_N, importance_I, width, out):
     """quantize_row_q8_0_ref; importance changes nothing, as in llama.cpp. Block: d, 32 int8."""
-    spare, inverses, heads = np.empty(_SECTION, np.float32), np.empty(LANES, np.float32), out.view(np.uint16)
+    spare, codes = np.empty(_SECTION, np.float32), np.empty(_SECTION, np.uint8)
+    tops, halves = np.empty(LANES, np.float32), np.empty(LANES, np.uint16)
+    words, blocks = codes.view(np.uint64), out.view(np.uint16)
     for start in range(0, x_N.size, _SECTION):
-        x, first = x_N[start : start + _SECTION], start // 32
-        inverse = inverses[: x.size // 32]
+        x = x_N[start : start + _SECTION]
+        inverse, half = tops[: x.size // 32], halves[: x.size // 32]
         _tops(x, spare, inverse)
         for b in range(inverse.size):
             d = abs(inverse[b]) / np.float32(127)
-            heads[(first + b) * 17] = _half(d)
-            reciprocal = _ONE / d if d != _ZERO else _ZERO
+            half[b] = _half(d)
             # Of a denormal it can be infinite; the products are then beyond int8, and x86 makes them 0.
+            reciprocal = _ONE / d
             inverse[b] = reciprocal if reciprocal < _INF else _ZERO
-        for b in range(inverse.size):
-            at = (first + b) * 34 + 2
-            _round_codes(x[b * 32 : (b + 1) * 32], inverse[b], out[at : at + 32])
+        _rounded_codes(x, inverse, codes)
+        for b in range(half.size):
+            block = blocks[(start // 32 + b) * 17 : (start // 32 + b + 1) * 17]
+            block[0] = half[b]
+            for i in range(16):
+                word = words[4 * b + i // 4] >> (_S16 * np.uint64(i % 4))
+                block[1 + i] = np.uint16(word & np.uint64(0xFFFF))
 
 
 @jit
-def _round_codes(x, inverse, out):
-    for i in range(x.size):
-        q = x[i] * inverse
-        out[i] = np.uint8(np.int32(q + (_HALF if q >= _ZERO else -_HALF)) & np.int32(0xFF))
+def _rounded_codes(x, inverse, codes):
+    for b in range(inverse.size):
+        values, into, scale = x[b * 32 : (b + 1) * 32], codes[b * 32 : (b + 1) * 32], inverse[b]
+        for i in range(values.size):
+            q = values[i] * scale
+            into[i] = np.uint8(np.int32(q + (_HALF if q >= _ZERO else -_HALF)) & np.int32(0xFF))
 
 
 # --- super-blocks of 256 ----------------------------------------------------------------------------------------------
 
 
 @jit
-def _requantize(x, d, most, codes):
-    """Codes of one group for the d that is stored; none for d = 0, where those of the search stay."""
-    if d == _ZERO:
-        return
+def _requantize(x, d, most, spread, codes):
+    """Codes of a super-block for the 16 d that are stored; where d is 0, those of the search stay."""
+    for j in range(16):
+        for i in range(_GROUP):
+            spread[j * _GROUP + i] = d[j]
     low, high = np.int32(-most), np.int32(most - 1)
     for i in range(x.size):
-        codes[i] = np.uint8(np.int32(_clamp(_nearest(x[i] / d), low, high) - low) & np.int32(0xFF))
+        code = np.int32(_clamp(_nearest(x[i] / spread[i]), low, high) - low)
+        codes[i] = np.uint8(code & np.int32(0xFF)) if spread[i] != _ZERO else codes[i]
 
 
 @jit
@@ -406,14 +416,17 @@ def encode_q6_k(x_N, importance_I, width, out):
         _found_codes(x, _GROUP, lanes, most, codes)
         for at in range(0, x.size, _SUPER):
             scales = lanes[SCALE + at // _GROUP : SCALE + at // _GROUP + 16]
-            _finish_q6_k(x[at : at + _SUPER], scales, codes[at : at + _SUPER], block)
+            _finish_q6_k(x[at : at + _SUPER], scales, tile[Q : Q + _SUPER], codes[at : at + _SUPER], block)
             first = (start + at) // _SUPER * 210
             _copy(block.view(np.uint8), out[first : first + 210])
 
 
 @jit
-def _finish_q6_k(x, scales, codes, block):
-    """The scales of 16 groups as int8, and the codes again for those. Block: ql 128, qh 64, scales 16, d."""
+def _finish_q6_k(x, scales, spread, codes, block):
+    """The scales of 16 groups as int8, and the codes again for those. Block: ql 128, qh 64, scales 16, d.
+
+    Overwrites scales, spread and codes.
+    """
     greatest = _first_of_greatest(scales)
     if abs(greatest) < _EPS:
         block.fill(np.uint64(0))
@@ -425,7 +438,8 @@ def _finish_q6_k(x, scales, codes, block):
     for j in range(16):
         level = _nearest(inverse * scales[j])
         stored[j] = np.int8((level if level < np.int32(127) else np.int32(127)) & np.int32(0xFF))
-        _requantize(x[j * 16 : (j + 1) * 16], d * np.float32(stored[j]), 32, codes[j * 16 : (j + 1) * 16])
+        scales[j] = d * np.float32(stored[j])
+    _requantize(x, scales, 32, spread, codes)
     block.view(np.uint16)[104] = half
     words = codes.view(np.uint64)
     for side in range(2):
@@ -578,19 +592,20 @@ def encode_q3_k(x_N, importance_I, width, out):
         else:
             _q3_levels_plain(scale, d, levels)
         for b in range(d.size):
-            first, at = (start // _SUPER + b) * 110, b * _SUPER
-            _finish_q3_k(x[at : at + _SUPER], d[b], levels[b * 16 : b * 16 + 16], codes[at : at + _SUPER], block)
+            first, at, level = (start // _SUPER + b) * 110, b * _SUPER, levels[b * 16 : b * 16 + 16]
+            _finish_q3_k(x[at : at + _SUPER], d[b], level, tile, codes[at : at + _SUPER], block)
             _copy(block.view(np.uint8), out[first : first + 110])
 
 
 @jit
-def _finish_q3_k(x, d, levels, codes, block):
+def _finish_q3_k(x, d, levels, tile, codes, block):
     """The codes again for the d and the levels that are stored. Block: hmask 32, qs 64, scales 12, d."""
     half = _half(d)
     block.view(np.uint16)[54] = half
+    shares, spread = tile[X : X + 16], tile[Q : Q + _SUPER]
     for j in range(16):
-        share = _single(half) * np.float32(np.int32(levels[j]) - np.int32(32))
-        _requantize(x[j * 16 : (j + 1) * 16], share, 4, codes[j * 16 : (j + 1) * 16])
+        shares[j] = _single(half) * np.float32(np.int32(levels[j]) - np.int32(32))
+    _requantize(x, shares, 4, spread, codes)
     words = codes.view(np.uint64)
     for i in range(4):
         high = np.uint64(0)
