@@ -42,8 +42,8 @@ class GGUFSource:
 
     def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.weight_files: tuple[Path, ...] = (path,)
         self._file = GGUFFile(path)
+        self.weight_files: tuple[Path, ...] = self._file.parts
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
         self._blocks = _Blocks(self._file)
         self._targets = hf_tensors(self._file.metadata, shapes)
