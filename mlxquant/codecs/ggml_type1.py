@@ -1,12 +1,9 @@
-"""Encoders of ggml's formats with a scale and a minimum, x = d * q + m: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
+"""Encoders of ggml's formats with a scale and a minimum, x = d * code + m: Q4_1, Q5_1, Q2_K, Q4_K, Q5_K.
 
-Byte for byte what ggml's reference encoder writes on x86-64 (ggml/src/ggml-quants.c: quantize_row_*_ref
-without importance, quantize_*_impl with), several times as fast: the sub-blocks of a tile are searched side
-by side. x_NL holds weight n of sub-block l, a lane; inner loops run over lanes, which do not depend on one
-another, so LLVM vectorizes them while the sums inside a sub-block keep ggml's order.
-
-Bytes are promised, so every float32 operation stands in ggml's order, double is never used, and a branch of
-ggml becomes a select. Overflow, 0/0 and out-of-range codes come out as on x86-64.
+Byte for byte what ggml's reference encoder writes on x86-64 (ggml/src/ggml-quants.c: quantize_row_*_ref without
+importance, quantize_*_impl with). Three steps, each compiled by itself: ggml_search.py finds a scale and a minimum
+for every sub-block; the K-quants then find one scale for a block's scales and one for its minima; then codes are
+packed. Every float32 operation stands in ggml's order and nothing is a double; what overflows gives x86-64's garbage.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -14,45 +11,62 @@ ggml becomes a select. Overflow, 0/0 and out-of-range codes come out as on x86-6
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlxquant.codecs.floats import Array
+from mlxquant.codecs.ggml_search import clipped, nearest, search
 from mlxquant.codecs.kernels import TILE, half_to_single, jit, single_to_half
 
 _BLOCK = 256  # weights of a K-quant's block
-_SHARES = 5  # rounds of coordinate descent in _share
-_UNROLL = 2  # weights a lane takes at a time: less traffic for its sums; LLVM gives up on 8
-_0, _1, _15, _31, _63 = np.float32(0), np.float32(1), np.float32(15), np.float32(31), np.float32(63)
-_HALF = np.float32(0.5)
-_EPS = np.float32(1e-15)  # GROUP_MAX_EPS
-_MAGIC = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to nearest even into the lowest bits
-_NAN = np.float32(np.nan)
-_I0 = np.int32(0)
+_LANES = 16  # blocks whose scales and minima are shared out side by side
+_ROUNDS = 5  # of coordinate descent in _descend
+_ZERO, _ONE, _INF = np.float32(0), np.float32(1), np.float32(np.inf)
+_HALF, _TENTH = np.float32(0.5), np.float32(0.1)
+# Between 2**23 and 2**24 float32 has the integers and nothing else: there they stand in the lowest bits.
+_TWO_23 = np.float32(2.0**23)
+_EPS = np.float32(1e-15)  # GROUP_MAX_EPS: values whose largest is less count as zero
+_NO_LIMIT = np.int32(0x7FFFFFFF)
+
+
+class _Trials(NamedTuple):
+    """Trial scales of a search: (first + step * t + top) / range for t in 0..steps."""
+
+    first: np.float32
+    step: np.float32
+    steps: int
+    absolute: bool  # the misfit: |difference|, not its square
+
+
+class _Law(NamedTuple):
+    n: int  # weights of a sub-block
+    top: np.int32  # greatest code of a weight
+    most: np.int32  # greatest code of a block's scale or minimum
+    times: np.float32  # of the mean square, in what importance is multiplied by
+    plain: _Trials  # without importance
+
+
+_WEIGHED = _Trials(np.float32(-0.9), np.float32(0.05), 36, False)
+_Q2_K = _Law(
+    16, np.int32(3), np.int32(15), np.float32(1), _Trials(np.float32(-0.5), np.float32(0.1), 15, absolute=True)
+)
+_Q4_K = _Law(
+    32, np.int32(15), np.int32(63), np.float32(2), _Trials(np.float32(-1.0), np.float32(0.1), 20, absolute=False)
+)
+_Q5_K = _Law(
+    32, np.int32(31), np.int32(63), np.float32(2), _Trials(np.float32(-0.5), np.float32(0.1), 15, absolute=False)
+)
 
 
 # --- numbers
 
 
 @jit
-def _nearest(x):
-    """ggml's nearest_int. Beyond 2**22, and for infinities and NaN, it is what the bits happen to say."""
-    bits = np.float32(x + _MAGIC).view(np.uint32)
-    return np.int32(np.int32(bits & np.uint32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@jit
-def _clipped(x, top):
-    """nearest_int, then 0..top."""
-    code = _nearest(x)
-    code = code if code < top else top
-    return code if code > _I0 else _I0
-
-
-@jit
 def _half(x):
-    """GGML_FP32_TO_FP16. A NaN can only be the one that x86 makes of inf / inf or 0 * inf: it is negative."""
-    half = single_to_half(np.float32(x).view(np.uint32))
+    """GGML_FP32_TO_FP16. The NaN that inf / inf makes is negative on x86, positive on ARM."""
+    half = np.uint32(single_to_half(np.float32(x).view(np.uint32)))
     return np.uint16(half if x == x else np.uint32(0xFE00))
 
 
@@ -62,340 +76,150 @@ def _single(half):
 
 
 @jit
-def _put_half(out, at, half):
-    out[at] = np.uint8(half & np.uint16(0xFF))
-    out[at + 1] = np.uint8(half >> np.uint16(8))
+def _put_halves(d, m, out):
+    out[0], out[1] = np.uint8(d & np.uint16(0xFF)), np.uint8(d >> np.uint16(8))
+    out[2], out[3] = np.uint8(m & np.uint16(0xFF)), np.uint8(m >> np.uint16(8))
 
 
-# --- the search for one scale and minimum a sub-block: make_qkx2_quants, make_qkx3_quants
-
-
-@jit
-def _transpose(x, x_NL):
-    n, lanes = x_NL.shape
-    for lane in range(lanes):
-        part = x[lane * n : (lane + 1) * n]
-        for i in range(n):
-            x_NL[i, lane] = part[i]
+# --- K-quants: one scale for a block's scales, one for its minima
 
 
 @jit
-def _totals(x_NL, w_NL, lo, hi, sum_w, sum_x):
-    """Least (at most 0) and greatest weight, sum of w and of w * x, of each lane."""
-    for i in range(len(x_NL)):
-        x, w = x_NL[i], w_NL[i]
-        if i == 0:  # not 0 + ...: that would lose the sign of a zero
-            for lane in range(lo.size):
-                lo[lane] = x[lane]
-                hi[lane] = x[lane]
-                sum_w[lane] = w[lane]
-                sum_x[lane] = w[lane] * x[lane]
-        else:
-            for lane in range(lo.size):
-                lo[lane] = x[lane] if x[lane] < lo[lane] else lo[lane]
-                hi[lane] = x[lane] if x[lane] > hi[lane] else hi[lane]
-                sum_w[lane] += w[lane]
-                sum_x[lane] += w[lane] * x[lane]
-    for lane in range(lo.size):
-        lo[lane] = _0 if lo[lane] > _0 else lo[lane]
+def _share_largest(found, J, most, codes, halves):
+    """Without importance: the largest of a block's J values has code `most`. A code is a byte; negative ones wrap."""
+    levels = np.float32(most)
+    for which in range(2):
+        sign = _ONE if which == 0 else -_ONE
+        values, code = found[which], codes[which]
+        for b in range(halves.shape[1]):
+            largest = _ZERO
+            for at in range(b * J, b * J + J):
+                value = sign * values[at]
+                largest = value if value > largest else largest
+            times = levels / largest if largest > _ZERO else _ZERO
+            for at in range(b * J, b * J + J):
+                code[at] = np.uint8(nearest(times * (sign * values[at])))
+            halves[which, b] = _half(largest / levels)
 
 
 @jit
-def _assign(x_NL, w_NL, iscale, base, top, q_NL, sum_q, sum_qq, sum_xq):
-    """Codes by a trial scale, and the sums that a least-squares fit to them needs."""
-    sum_q.fill(_0)
-    sum_qq.fill(_0)
-    sum_xq.fill(_0)
-    for i in range(0, len(x_NL), _UNROLL):
-        x, w, q = x_NL[i : i + _UNROLL], w_NL[i : i + _UNROLL], q_NL[i : i + _UNROLL]
-        for lane in range(iscale.size):
-            a, b, c = sum_q[lane], sum_qq[lane], sum_xq[lane]
-            times, less = iscale[lane], base[lane]
-            for k in range(_UNROLL):
-                value = x[k, lane]
-                code = np.float32(_clipped(times * (value - less), top))
-                q[k, lane] = code
-                wq = w[k, lane] * code
-                a += wq
-                b += wq * code
-                c += wq * value
-            sum_q[lane], sum_qq[lane], sum_xq[lane] = a, b, c
-
-
-@jit
-def _fit(sum_w, sum_x, sum_q, sum_qq, sum_xq, scale, least):
-    """Least squares: q * scale + least, with least <= 0. Where it has no answer the scale is NaN."""
-    for lane in range(scale.size):
-        w, x, q, qq, xq = sum_w[lane], sum_x[lane], sum_q[lane], sum_qq[lane], sum_xq[lane]
-        det = w * qq - q * q
-        s = (w * xq - x * q) / det
-        m = (qq * x - q * xq) / det
-        through_0 = xq / qq
-        s = through_0 if m > _0 else s
-        m = _0 if m > _0 else m
-        scale[lane] = s if det > _0 else _NAN
-        least[lane] = m
-
-
-@jit
-def _misfit(x_NL, w_NL, q_NL, scale, least, absolute, error):
-    error.fill(_0)
-    for i in range(0, len(x_NL), _UNROLL):
-        x, w, q = x_NL[i : i + _UNROLL], w_NL[i : i + _UNROLL], q_NL[i : i + _UNROLL]
-        for lane in range(error.size):
-            total, s, m = error[lane], scale[lane], least[lane]
-            for k in range(_UNROLL):
-                diff = s * q[k, lane] + m - x[k, lane]
-                diff = abs(diff) if absolute else diff * diff
-                total += w[k, lane] * diff
-            error[lane] = total
-
-
-@jit
-def _keep(better, old, new):
-    for lane in range(old.size):
-        old[lane] = new[lane] if better[lane] else old[lane]
-
-
-@jit
-def _search(x_NL, w_NL, top, first, step, steps, absolute):
-    """The scale and minimum of each lane: (scale, least, sum_w, iscale, base).
-
-    The codes ggml found along are those of iscale * (x - base). A lane whose weights are all the same ends up
-    with scale 0 and codes 0 without a branch: 1 / (top / 0), and inf * 0 is code 0.
-    """
-    n, lanes = x_NL.shape
-    q_NL = np.empty((n, lanes), np.float32)
-    better = np.empty(lanes, np.bool_)
-    f = np.empty((15, lanes), np.float32)
-    least, hi, sum_w, sum_x, scale, error, iscale, base = f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]
-    sum_q, sum_qq, sum_xq, new_scale, new_least, new_error, new_iscale = f[8], f[9], f[10], f[11], f[12], f[13], f[14]
-    _totals(x_NL, w_NL, least, hi, sum_w, sum_x)
-    for lane in range(lanes):
-        base[lane] = least[lane]
-        iscale[lane] = np.float32(top) / (hi[lane] - least[lane])
-        scale[lane] = _1 / iscale[lane]
-    _assign(x_NL, w_NL, iscale, base, top, q_NL, sum_q, sum_qq, sum_xq)
-    _misfit(x_NL, w_NL, q_NL, scale, least, absolute, error)
-    for trial in range(steps + 1):
-        levels = first + step * np.float32(trial) + np.float32(top)
-        for lane in range(lanes):
-            new_iscale[lane] = levels / (hi[lane] - least[lane])
-        _assign(x_NL, w_NL, new_iscale, least, top, q_NL, sum_q, sum_qq, sum_xq)
-        _fit(sum_w, sum_x, sum_q, sum_qq, sum_xq, new_scale, new_least)
-        _misfit(x_NL, w_NL, q_NL, new_scale, new_least, absolute, new_error)
-        for lane in range(lanes):
-            better[lane] = new_error[lane] < error[lane]
-        _keep(better, iscale, new_iscale)
-        _keep(better, base, least)
-        _keep(better, error, new_error)
-        _keep(better, scale, new_scale)
-        _keep(better, least, new_least)
-    return scale, least, sum_w, iscale, base
-
-
-# --- what a weight counts
-
-
-@jit
-def _squares(x, length, out):
-    """Sums of squares of out.size runs of x. Eight sums are under way at a time, each in its own order."""
-    for g in range(0, out.size, 8):
-        sums = out[g : g + 8]
-        part = x[g * length : (g + 8) * length]
-        sums.fill(_0)
-        for i in range(length):
-            for run in range(sums.size):
-                value = part[run * length + i]
-                sums[run] += value * value
-
-
-@jit
-def _weigh(x, sigma2, n, importance, first, w):
-    """w = importance * sqrt(sigma2 + x * x), sigma2 one a sub-block; x is where weight `first` of the rows is."""
-    for s in range(x.size // n):
-        at = (first + s * n) % importance.size
-        qw, part, into, level = importance[at : at + n], x[s * n : (s + 1) * n], w[s * n : (s + 1) * n], sigma2[s]
-        for i in range(n):
-            into[i] = qw[i] * np.sqrt(level + part[i] * part[i])
-
-
-@jit
-def _weigh_by_size(x, n, absolute, w):
-    """|x|, for Q2_K, or root mean square of the sub-block + |x|."""
-    level = np.empty(x.size // n, np.float32)
-    _squares(x, n, level)
-    for s in range(level.size):
-        part, into = x[s * n : (s + 1) * n], w[s * n : (s + 1) * n]
-        rms = _0 if absolute else np.sqrt(level[s] / np.float32(n))
-        for i in range(n):
-            into[i] = rms + abs(part[i])
-
-
-@jit
-def _search_weighed(x, w, n, top, first, step, steps, absolute):
-    x_NL = np.empty((n, x.size // n), np.float32)
-    w_NL = np.empty((n, x.size // n), np.float32)
-    _transpose(x, x_NL)
-    _transpose(w, w_NL)
-    return _search(x_NL, w_NL, top, first, step, steps, absolute)
-
-
-# --- one scale for the scales, one for the minima of a K-quant's block
+def _share_fitted(found, J, most, codes, halves):
+    """With importance, as _share; v_JL is value j of block l, first the scales, then the minima."""
+    blocks = halves.shape[1]
+    for first in range(0, blocks, _LANES):
+        lanes = min(_LANES, blocks - first)
+        v_JL, w_JL = np.empty((J, 2 * lanes), np.float32), np.empty((J, 2 * lanes), np.float32)
+        code_JL, scale = np.empty((J, 2 * lanes), np.uint8), np.empty(2 * lanes, np.float32)
+        for b in range(lanes):
+            for j in range(J):
+                at = (first + b) * J + j
+                v_JL[j, b], v_JL[j, lanes + b] = found[0, at], -found[1, at]
+                w_JL[j, b] = w_JL[j, lanes + b] = found[2, at]
+        _share(v_JL, w_JL, most, code_JL, scale)
+        for b in range(lanes):
+            halves[0, first + b], halves[1, first + b] = _half(scale[b]), _half(scale[lanes + b])
+            for j in range(J):
+                at = (first + b) * J + j
+                codes[0, at], codes[1, at] = code_JL[j, b], code_JL[j, lanes + b]
 
 
 @jit
 def _share(v_JL, w_JL, top, code_JL, scale):
-    """make_qp_quants: codes (a byte, wrapped) and a scale for the J values of each lane."""
-    J, lanes = v_JL.shape
-    f = np.empty((6, lanes), np.float32)
-    most, iscale, best, new, error, back = f[0], f[1], f[2], f[3], f[4], f[5]
-    most.fill(_0)
-    for j in range(J):
-        v = v_JL[j]
+    """make_qp_quants: codes (a byte each, wrapped) and a scale for the J values of each lane."""
+    lanes = scale.size
+    largest, iscale = np.zeros(lanes, np.float32), np.empty(lanes, np.float32)
+    for v in v_JL:
         for lane in range(lanes):
-            most[lane] = most[lane] if most[lane] > v[lane] else v[lane]
-    for trial in range(-5, 5):  # -5 stands for 0, which goes first and whose codes have no upper limit
-        is_first = trial == -5
+            largest[lane] = largest[lane] if largest[lane] > v[lane] else v[lane]
+    _try_scales(v_JL, w_JL, top, largest, iscale)
+    _descend(v_JL, w_JL, top, iscale, code_JL, scale)
+    for lane in range(lanes):
+        if largest[lane] < _EPS:
+            code_JL[:, lane] = np.uint8(0)
+            scale[lane] = _ZERO
+
+
+@jit
+def _try_scales(v_JL, w_JL, top, largest, iscale):
+    """The best of nine: top / largest first, whose codes have no upper limit but wrap at a byte."""
+    lanes = iscale.size
+    f = np.empty((4, lanes), np.float32)
+    best, new, back, error = f[0], f[1], f[2], f[3]
+    for trial in range(-5, 5):
+        plain = trial == -5
         if trial == 0:
             continue
-        levels = np.float32(top) if is_first else np.float32(0.1) * np.float32(trial) + np.float32(top)
-        limit = np.int32(0x7FFFFFFF) if is_first else top
+        levels = np.float32(top) if plain else _TENTH * np.float32(trial) + np.float32(top)
+        limit, mask = (_NO_LIMIT, np.int32(0xFF)) if plain else (top, np.int32(-1))
         for lane in range(lanes):
-            new[lane] = levels / most[lane]
-            back[lane] = _1 / new[lane]
-        error.fill(_0)
-        for j in range(J):
+            new[lane] = levels / largest[lane]
+            back[lane] = _ONE / new[lane]
+        error.fill(_ZERO)
+        for j in range(len(v_JL)):
             v, w = v_JL[j], w_JL[j]
             for lane in range(lanes):
-                code = _nearest(new[lane] * v[lane])
+                code = nearest(new[lane] * v[lane])
                 code = code if code < limit else limit
-                code = np.int32(code & np.int32(0xFF)) if is_first else code
-                diff = v[lane] - back[lane] * np.float32(code)
+                diff = v[lane] - back[lane] * np.float32(np.int32(code & mask))
                 error[lane] += w[lane] * diff * diff
         for lane in range(lanes):
-            better = is_first or error[lane] < best[lane]
+            better = plain or error[lane] < best[lane]
             best[lane] = error[lane] if better else best[lane]
             iscale[lane] = new[lane] if better else iscale[lane]
-    _descend(v_JL, w_JL, top, iscale, code_JL, scale)
-    for j in range(J):
-        code = code_JL[j]
-        for lane in range(lanes):
-            code[lane] = np.uint8(0) if most[lane] < _EPS else code[lane]
-    for lane in range(lanes):
-        scale[lane] = _0 if most[lane] < _EPS else scale[lane]
 
 
 @jit
 def _descend(v_JL, w_JL, top, iscale, code_JL, scale):
     """The second half of make_qp_quants: change one code at a time while the fit gets better."""
     lanes = iscale.size
-    xq, qq = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
+    vq, qq = np.zeros(lanes, np.float32), np.zeros(lanes, np.float32)
     for j in range(len(v_JL)):
         v, w, code = v_JL[j], w_JL[j], code_JL[j]
         for lane in range(lanes):
-            q = _nearest(iscale[lane] * v[lane])
+            q = nearest(iscale[lane] * v[lane])
             q = q if q < top else top
             code[lane] = np.uint8(q)
-            xq[lane] += w[lane] * v[lane] * np.float32(q)
+            vq[lane] += w[lane] * v[lane] * np.float32(q)
             qq[lane] += w[lane] * np.float32(q) * np.float32(q)
-    for _ in range(_SHARES):
+    for _ in range(_ROUNDS):
         for j in range(len(v_JL)):
             v, w, code = v_JL[j], w_JL[j], code_JL[j]
             for lane in range(lanes):
                 old, wv = np.float32(code[lane]), w[lane] * v[lane]
-                rest_xq = xq[lane] - wv * old
+                rest_vq = vq[lane] - wv * old
                 rest_qq = qq[lane] - w[lane] * old * old
-                q = _nearest(v[lane] * rest_qq / rest_xq)
+                q = nearest(v[lane] * rest_qq / rest_vq)
                 q = q if q < top else top
                 new = np.float32(q)
-                new_xq = rest_xq + wv * new
+                new_vq = rest_vq + wv * new
                 new_qq = rest_qq + w[lane] * new * new
-                better = new_xq * new_xq * qq[lane] > xq[lane] * xq[lane] * new_qq
-                better = better & (rest_xq > _0) & (rest_qq > _0) & (new != old)
+                better = new_vq * new_vq * qq[lane] > vq[lane] * vq[lane] * new_qq
+                better = better & (rest_vq > _ZERO) & (rest_qq > _ZERO) & (new != old)
                 code[lane] = np.uint8(q) if better else code[lane]
-                xq[lane] = new_xq if better else xq[lane]
+                vq[lane] = new_vq if better else vq[lane]
                 qq[lane] = new_qq if better else qq[lane]
     for lane in range(lanes):
-        ratio = xq[lane] / qq[lane]
-        scale[lane] = ratio if qq[lane] > _0 else _0
+        ratio = vq[lane] / qq[lane]
+        scale[lane] = ratio if qq[lane] > _ZERO else _ZERO
 
 
-@jit
-def _share_fitted(scale, least, sum_w, J, top, codes, halves):
-    """Scales and minima of all blocks at once, a block a lane."""
-    blocks = scale.size // J
-    v_JL, w_JL = np.empty((J, 2 * blocks), np.float32), np.empty((J, 2 * blocks), np.float32)
-    code_JL = np.empty((J, 2 * blocks), np.uint8)
-    both = np.empty(2 * blocks, np.float32)
-    for j in range(J):
-        for b in range(blocks):
-            at = b * J + j
-            v_JL[j, b], v_JL[j, blocks + b] = scale[at], -least[at]
-            w_JL[j, b] = w_JL[j, blocks + b] = sum_w[at]
-    _share(v_JL, w_JL, top, code_JL, both)
-    for b in range(blocks):
-        halves[0, b], halves[1, b] = _half(both[b]), _half(both[blocks + b])
-        for j in range(J):
-            codes[0, b * J + j], codes[1, b * J + j] = code_JL[j, b], code_JL[j, blocks + b]
-
-
-@jit
-def _share_largest(values, sign, J, top, codes, halves):
-    """Codes 0..top of the J values of each block, the largest of them top; the codes wrap at a byte."""
-    levels = np.float32(top)
-    for b in range(halves.size):
-        part, code = values[b * J : (b + 1) * J], codes[b * J : (b + 1) * J]
-        most = _0
-        for j in range(J):
-            most = sign * part[j] if sign * part[j] > most else most
-        times = levels / most if most > _0 else _0
-        for j in range(J):
-            code[j] = np.uint8(_nearest(times * (sign * part[j]))) if most > _0 else np.uint8(0)
-        halves[b] = _half(most / levels)
-
-
-@jit
-def _parameters(x, importance, first, n, top, share_top, sigma_times, ref_first, ref_step, ref_steps, absolute):
-    """All of a tile of K-quant blocks but its codes: (codes of scales and minima, d and dmin as F16, iscale, base)."""
-    subs, J = x.size // n, _BLOCK // n
-    codes, halves = np.empty((2, subs), np.uint8), np.empty((2, subs // J), np.uint16)
-    w = np.empty(x.size, np.float32)
-    if importance.size:
-        energy, sigma2 = np.empty(subs // J, np.float32), np.empty(subs, np.float32)
-        _squares(x, _BLOCK, energy)
-        for s in range(subs):
-            sigma2[s] = sigma_times * energy[s // J] / np.float32(_BLOCK)
-        _weigh(x, sigma2, n, importance, first, w)
-        scale, least, sum_w, iscale, base = _search_weighed(
-            x, w, n, top, np.float32(-0.9), np.float32(0.05), 36, False
-        )
-        _share_fitted(scale, least, sum_w, J, share_top, codes, halves)
-    else:
-        _weigh_by_size(x, n, absolute, w)
-        scale, least, sum_w, iscale, base = _search_weighed(x, w, n, top, ref_first, ref_step, ref_steps, absolute)
-        _share_largest(scale, _1, J, share_top, codes[0], halves[0])
-        _share_largest(least, -_1, J, share_top, codes[1], halves[1])
-    return codes, halves, iscale, base
-
-
-# --- bytes
+# --- K-quants: codes and bytes
 
 
 @jit
 def _recode(x, d, m, top, iscale, base, q):
-    """The codes of a sub-block whose scale and minimum are rounded; with a scale of 0 those of the search stay."""
-    if d == _0:
+    """Codes of a sub-block whose scale and minimum are rounded; where that scale is 0, those of the search stay."""
+    if d == _ZERO:
         for i in range(q.size):
-            q[i] = _clipped(iscale * (x[i] - base), top)
+            q[i] = clipped(iscale * (x[i] - base), top)
     else:
         for i in range(q.size):
-            q[i] = _clipped((x[i] + m) / d, top)
+            q[i] = clipped((x[i] + m) / d, top)
 
 
 @jit
 def _pack_scales(ls, lm, out):
-    """Eight 6-bit scales and minima in 12 bytes; a byte that is more than 63 spills as it does in ggml."""
+    """Eight 6-bit scales and minima in 12 bytes, and what is then read from them: a code over 63 spills, as in ggml."""
     for j in range(4):
         out[j] = ls[j] | np.uint8(ls[j + 4] >> 4 << 6)
         out[j + 4] = lm[j] | np.uint8(lm[j + 4] >> 4 << 6)
@@ -407,191 +231,177 @@ def _pack_scales(ls, lm, out):
 
 
 @jit
-def _encode_k(x, importance, top, ref_first, ref_step, ref_steps, clip, out):
-    """Q4_K and Q5_K: d, dmin, 12 bytes of scales, then for Q5_K 32 of high bits, 128 of low ones."""
-    q = np.empty(_BLOCK, np.uint8)
-    five = top == np.int32(31)
-    size = 176 if five else 144
-    for first in range(0, x.size, TILE):
-        tile = x[first : first + TILE]
-        codes, halves, iscale, base = _parameters(
-            tile, importance, first, 32, top, np.int32(63), np.float32(2), ref_first, ref_step, ref_steps, False
-        )
-        for b in range(tile.size // _BLOCK):
-            at = (first // _BLOCK + b) * size
-            ls, lm = codes[0, b * 8 : b * 8 + 8], codes[1, b * 8 : b * 8 + 8]
-            if clip or not importance.size:
-                for j in range(8):
-                    ls[j], lm[j] = min(ls[j], np.uint8(63)), min(lm[j], np.uint8(63))
-            _put_half(out, at, halves[0, b])
-            _put_half(out, at + 2, halves[1, b])
-            _pack_scales(ls, lm, out[at + 4 : at + 16])
-            d, m = _single(halves[0, b]), _single(halves[1, b])
-            for j in range(8):
-                s = b * 8 + j
-                sub = tile[s * 32 : (s + 1) * 32]
-                _recode(sub, d * np.float32(ls[j]), m * np.float32(lm[j]), top, iscale[s], base[s], q[j * 32 :][:32])
-            if five:
-                _pack_high(q, out[at + 16 : at + 48])
-            _pack_low(q, 32, out[at + size - 128 : at + size])
-
-
-@jit
 def _pack_low(q, apart, out):
-    """Two 4-bit codes a byte, `apart` codes from one another."""
+    """The low four bits of two codes a byte, `apart` codes from one another."""
     for p in range(out.size // apart):
         low, high, into = q[2 * p * apart :][:apart], q[(2 * p + 1) * apart :][:apart], out[p * apart :][:apart]
         for i in range(apart):
-            into[i] = np.uint8(low[i] & 15) | np.uint8((high[i] & 15) << 4)
+            into[i] = np.uint8(low[i] & 15) | np.uint8(high[i] << 4)
 
 
 @jit
-def _pack_high(q, out):
-    """Fifth bits: that of code 32 * j + i is bit j of byte i."""
-    out.fill(np.uint8(0))
-    for j in range(8):
-        part = q[j * 32 : (j + 1) * 32]
-        for i in range(32):
-            out[i] |= np.uint8(part[i] >> 4 << j)
-
-
-@jit
-def _encode_q4_k(x, importance, width, out):
-    _encode_k(x, importance, np.int32(15), np.float32(-1), np.float32(0.1), 20, False, out)
-
-
-@jit
-def _encode_q5_k(x, importance, width, out):
-    _encode_k(x, importance, np.int32(31), np.float32(-0.5), np.float32(0.1), 15, True, out)
-
-
-@jit
-def _encode_q2_k(x, importance, width, out):
-    """16 bytes of scales and minima, 64 of codes, d, dmin."""
+def _write_k45(x, top, found, codes, halves, clip, out):
+    """Q4_K: d, dmin, 12 bytes of scales and minima, 128 of low bits. Q5_K: before those, 32 of high bits."""
     q = np.empty(_BLOCK, np.uint8)
-    for first in range(0, x.size, TILE):
-        tile = x[first : first + TILE]
-        codes, halves, iscale, base = _parameters(
-            tile, importance, first, 16, np.int32(3), np.int32(15), _1, -_HALF, np.float32(0.1), 15, True
-        )
-        for b in range(tile.size // _BLOCK):
-            block = out[(first // _BLOCK + b) * 84 :][:84]
-            d, m = _single(halves[0, b]), _single(halves[1, b])
-            for j in range(16):
-                s = b * 16 + j
-                pair = np.uint8(codes[0, s] | np.uint8(codes[1, s] << 4))
-                block[j] = pair
-                sub = tile[s * 16 : (s + 1) * 16]
-                low, high = np.float32(pair & 15), np.float32(pair >> 4)
-                _recode(sub, d * low, m * high, np.int32(3), iscale[s], base[s], q[j * 16 :][:16])
-            _pack_two(q, block[16:80])
-            _put_half(block, 80, halves[0, b])
-            _put_half(block, 82, halves[1, b])
+    size = 176 if top == np.int32(31) else 144
+    for b in range(halves.shape[1]):
+        block, ls, lm = out[b * size :][:size], codes[0, b * 8 :][:8], codes[1, b * 8 :][:8]
+        for j in range(8 if clip else 0):
+            ls[j], lm[j] = min(ls[j], np.uint8(63)), min(lm[j], np.uint8(63))
+        _put_halves(halves[0, b], halves[1, b], block)
+        _pack_scales(ls, lm, block[4:16])
+        d, m = _single(halves[0, b]), _single(halves[1, b])
+        for j in range(8):
+            s = b * 8 + j
+            sub = x[s * 32 : (s + 1) * 32]
+            _recode(sub, d * np.float32(ls[j]), m * np.float32(lm[j]), top, found[3, s], found[4, s], q[j * 32 :][:32])
+        _pack_low(q, 32, block[size - 128 :])
+        if top == np.int32(31):
+            high = block[16:48]
+            for i in range(32):
+                high[i] = np.uint8(q[i] >> 4)
+            for j in range(1, 8):
+                for i in range(32):
+                    high[i] |= np.uint8(q[j * 32 + i] >> 4 << j)
 
 
 @jit
-def _pack_two(q, out):
-    """Four 2-bit codes a byte, 32 codes from one another."""
-    for p in range(2):
-        part, into = q[p * 128 : (p + 1) * 128], out[p * 32 : (p + 1) * 32]
-        for i in range(32):
-            low = np.uint8(part[i] | np.uint8(part[i + 32] << 2))
-            into[i] = low | np.uint8(part[i + 64] << 4) | np.uint8(part[i + 96] << 6)
+def _write_k2(x, top, found, codes, halves, out):
+    """Q2_K: 16 bytes of scales and minima, 64 of codes, four a byte and 32 from one another, d, dmin."""
+    q = np.empty(_BLOCK, np.uint8)
+    for b in range(halves.shape[1]):
+        block = out[b * 84 :][:84]
+        d, m = _single(halves[0, b]), _single(halves[1, b])
+        for j in range(16):
+            s = b * 16 + j
+            pair = np.uint8(codes[0, s] | np.uint8(codes[1, s] << 4))
+            low, high = np.float32(pair & 15), np.float32(pair >> 4)
+            sub = x[s * 16 : (s + 1) * 16]
+            _recode(sub, d * low, m * high, top, found[3, s], found[4, s], q[j * 16 :][:16])
+            block[j] = pair
+        for p in range(2):
+            part, into = q[p * 128 : (p + 1) * 128], block[16 + p * 32 :][:32]
+            for i in range(32):
+                low_two = np.uint8(part[i] | np.uint8(part[i + 32] << 2))
+                into[i] = low_two | np.uint8(part[i + 64] << 4) | np.uint8(part[i + 96] << 6)
+        _put_halves(halves[0, b], halves[1, b], block[80:])
+
+
+def _encode_k(law: _Law, x: Array, importance: Array, width: int, out: Array) -> None:
+    J, blocks = _BLOCK // law.n, x.size // _BLOCK
+    found = np.empty((5, x.size // law.n), np.float32)
+    codes, halves = np.empty((2, blocks * J), np.uint8), np.empty((2, blocks), np.uint16)
+    trials = _WEIGHED if importance.size else law.plain
+    search(x, importance, _BLOCK, law.times, law.n, law.top, *trials, found)
+    share = _share_fitted if importance.size else _share_largest
+    share(found, J, law.most, codes, halves)
+    if law is _Q2_K:
+        _write_k2(x, law.top, found, codes, halves, out)
+    else:  # with importance, Q4_K writes a scale's code as it is
+        _write_k45(x, law.top, found, codes, halves, law is _Q5_K or not importance.size, out)
 
 
 # --- Q4_1 and Q5_1: blocks of 32
 
 
 @jit
-def _extremes(x):
-    """Least and greatest weight; of two zeros that are the least, the sign of the first."""
-    lo, hi = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for value in x.view(np.int32):
-        # Bits with the magnitude of negatives inverted are ordered as the numbers; integers vectorize.
-        key = np.int32(value ^ np.int32(np.int32(value >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-        lo = key if key < lo else lo
-        hi = key if key > hi else hi
-    least, most = _unkey(lo), _unkey(hi)
-    if least == _0:
-        for value in x:
-            if value == _0:
-                return value, most
-    return least, most
+def _write_1(q, d, m, size, out):
+    """Blocks of d, m (F16 bits), for Q5_1 (24 bytes) four bytes of fifth bits, 16 of low bits."""
+    eights = q.view(np.uint64)
+    for s in range(d.size):
+        block, codes = out[s * size :][:size], q[s * 32 :][:32]
+        _put_halves(d[s], m[s], block)
+        low = block[size - 16 :]
+        for i in range(16):
+            low[i] = np.uint8(codes[i] & 15) | np.uint8(codes[i + 16] << 4)
+        if size == 24:
+            for k in range(4):  # the product brings bit 0 of byte i to bit 56 + i
+                fifths = (eights[s * 4 + k] >> np.uint64(4)) & np.uint64(0x0101010101010101)
+                block[4 + k] = np.uint8((fifths * np.uint64(0x0102040810204080)) >> np.uint64(56))
 
 
 @jit
-def _unkey(key):
-    return np.int32(key ^ np.int32(np.int32(key >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+def _write_searched(x, top, found, size, out):
+    q = np.empty(x.size, np.uint8)
+    halves = np.empty((2, x.size // 32), np.uint16)
+    for s in range(x.size // 32):
+        halves[0, s], halves[1, s] = _half(found[0, s]), _half(found[1, s])
+        for i in range(s * 32, s * 32 + 32):
+            q[i] = clipped(found[3, s] * (x[i] - found[4, s]), top)
+    _write_1(q, halves[0], halves[1], size, out)
 
 
 @jit
-def _encode_plain(x, levels, q):
-    """quantize_row_q4_1_ref, quantize_row_q5_1_ref: from the least to the greatest weight."""
-    lo, hi = _extremes(x)
-    d = (hi - lo) / levels
-    times = _1 / d
-    times = times if d != _0 else _0
-    for i in range(q.size):
-        code = (x[i] - lo) * times + _HALF
-        # Only where the range overflows, or 1 / d, is it more, or NaN; x86's cast then leaves a zero byte.
-        code = code if code < np.float32(64) else _0
-        code = code if code < levels else levels
-        q[i] = np.int32(code)
-    return _half(d), _half(lo)
-
-
-@jit
-def _encode_1(x, importance, width, top, out):
-    """d, m, for Q5_1 four bytes of fifth bits, 16 of low ones."""
-    five = top == np.int32(31)
-    size = 24 if five else 20
-    q, levels = np.empty(32, np.uint8), np.float32(top)
-    energy = np.empty(x.size // width if importance.size else 0, np.float32)
-    _squares(x, width, energy)
+def _write_plain(x, top, size, out):
+    """quantize_row_q4_1_ref, quantize_row_q5_1_ref: from the least to the greatest weight of a block."""
+    q, low, high = np.empty(TILE, np.uint8), np.empty(TILE // 2, np.float32), np.empty(TILE // 2, np.float32)
+    f, h = np.empty((2, TILE // 32), np.float32), np.empty((2, TILE // 32), np.uint16)
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]
-        if importance.size:
-            w, sigma2 = np.empty(tile.size, np.float32), np.empty(tile.size // 32, np.float32)
-            for s in range(sigma2.size):
-                sigma2[s] = energy[(first + s * 32) // width] / np.float32(width)
-            _weigh(tile, sigma2, 32, importance, first, w)
-            scale, least, _, iscale, base = _search_weighed(
-                tile, w, 32, top, np.float32(-0.9), np.float32(0.05), 36, False
-            )
-        for s in range(tile.size // 32):
-            block = out[(first // 32 + s) * size :][:size]
-            part = tile[s * 32 : (s + 1) * 32]
-            if importance.size:
-                _recode(part, _0, _0, top, iscale[s], base[s], q)
-                d, m = _half(scale[s]), _half(least[s])
-            else:
-                d, m = _encode_plain(part, levels, q)
-            _put_half(block, 0, d)
-            _put_half(block, 2, m)
-            if five:
-                high = np.uint32(0)
-                for i in range(32):
-                    high |= np.uint32(np.uint32(q[i] >> 4) << np.uint32(i))
-                block[4:8].view(np.uint32)[0] = high
-            _pack_low(q, 16, block[size - 16 :])
+        blocks = tile.size // 32
+        times, less, d, m = f[0, :blocks], f[1, :blocks], h[0, :blocks], h[1, :blocks]
+        _extremes(tile, low, high)
+        _steps(low[:blocks], high[:blocks], np.float32(top), times, less, d, m)
+        for s in range(blocks):
+            part, codes = tile[s * 32 :][:32], q[s * 32 :][:32]
+            factor, origin = times[s], less[s]
+            for i in range(32):
+                whole = np.floor((part[i] - origin) * factor + _HALF)
+                codes[i] = np.uint8(np.uint32(np.float32(whole + _TWO_23).view(np.uint32)))
+        _write_1(q[: tile.size], d, m, size, out[first // 32 * size :])
 
 
 @jit
-def _encode_q4_1(x, importance, width, out):
-    _encode_1(x, importance, width, np.int32(15), out)
+def _extremes(x, low, high):
+    """Least and greatest of each 32, folded in pairs; where the least is a zero, it is the first zero."""
+    n = x.size // 2
+    for i in range(n):
+        a, b = x[2 * i], x[2 * i + 1]
+        low[i] = b if b < a else a
+        high[i] = b if b > a else a
+    while n > x.size // 32:
+        n //= 2
+        for i in range(n):
+            a, b = low[2 * i], low[2 * i + 1]
+            low[i] = b if b < a else a
+        for i in range(n):
+            a, b = high[2 * i], high[2 * i + 1]
+            high[i] = b if b > a else a
+    for s in range(n):
+        i = s * 32
+        while low[s] == _ZERO and x[i] != _ZERO:
+            i += 1
+        low[s] = x[i] if low[s] == _ZERO else low[s]
 
 
 @jit
-def _encode_q5_1(x, importance, width, out):
-    _encode_1(x, importance, width, np.int32(31), out)
+def _steps(low, high, levels, times, less, d, m):
+    """What to multiply by, what to take off first, and the F16 bits of scale and minimum."""
+    for s in range(low.size):
+        step = (high[s] - low[s]) / levels
+        factor = _ONE / step
+        # A range or a 1 / step that overflows makes NaN or infinity of a code, which x86 casts to 0, LLVM to anything.
+        usable = (step < _INF) & (factor < _INF)
+        times[s] = factor if usable else _ZERO
+        less[s] = low[s] if usable else _ZERO
+        d[s] = _half(step)
+        m[s] = _half(low[s])
 
 
-# kernel(x_N, importance_I, width, out): x_N float32, whole rows of `width`, flat; importance_I float32 (width,)
-# or of size 0, where there is none; fills `out`, flat uint8.
-ENCODERS: dict[str, Callable[..., Any]] = {
-    "Q4_1": _encode_q4_1,
-    "Q5_1": _encode_q5_1,
-    "Q2_K": _encode_q2_k,
-    "Q4_K": _encode_q4_k,
-    "Q5_K": _encode_q5_k,
+def _encode_1(top: np.int32, size: int, x: Array, importance: Array, width: int, out: Array) -> None:
+    if not importance.size:
+        return _write_plain(x, top, size, out)
+    found = np.empty((5, x.size // 32), np.float32)
+    search(x, importance, width, np.float32(1), 32, top, *_WEIGHED, found)
+    return _write_searched(x, top, found, size, out)
+
+
+# encode(x_N, importance_I, width, out): x_N float32, finite, whole rows of `width`, flat; importance_I float32
+# (width,), not negative, or of size 0 where there is none; fills `out`, flat uint8.
+ENCODERS: dict[str, Callable[[Array, Array, int, Array], Any]] = {
+    "Q4_1": partial(_encode_1, np.int32(15), 20),
+    "Q5_1": partial(_encode_1, np.int32(31), 24),
+    "Q2_K": partial(_encode_k, _Q2_K),
+    "Q4_K": partial(_encode_k, _Q4_K),
+    "Q5_K": partial(_encode_k, _Q5_K),
 }
