@@ -1,12 +1,15 @@
-"""ggml blocks against ggml's own code (libgguf) and, for the simplest types, the formula written out."""
+"""Decoding against ggml itself (libgguf), the `gguf` package and, for the simplest types, the formula written out."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 
-from mlxquant.codecs.ggml import block, decode_rows, known_types
+from mlxquant.codecs import blocks
+from mlxquant.codecs.ggml import ENCODED, block, decode_rows, known_types
 from mlxquant.errors import UnsupportedError
+from tests.codecs.ggml_rows import ggml_decode
 
 WIDTH = 512
 
@@ -18,14 +21,51 @@ def random_blocks(type_name: str, rows: int = 9, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (rows, WIDTH // elements * size), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("type_name", sorted(set(known_types()) - {"F32", "F16", "BF16"}))
+QUANTIZED = sorted(set(known_types()) - {"F32", "F16", "BF16"})
+
+
+def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Zero's sign included; any NaN is as good as another, since machines differ in its bits."""
+    assert ours.dtype == theirs.dtype == np.float32
+    nan = np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), nan)
+    np.testing.assert_array_equal(ours.view(np.uint32)[~nan], theirs.view(np.uint32)[~nan])
+
+
+@pytest.mark.parametrize("type_name", QUANTIZED)
 def test_same_numbers_as_ggml(type_name: str) -> None:
-    libgguf = pytest.importorskip("libgguf")
-    kind = libgguf.GGMLQuantizationType[type_name]
-    raw = random_blocks(type_name)
-    theirs = libgguf.dequantize_rows(raw, kind)
-    ours = decode_rows(raw, type_name, WIDTH)
-    np.testing.assert_array_equal(ours, theirs)
+    raw = random_blocks(type_name, rows=200)
+    assert_same_bits(decode_rows(raw, type_name, WIDTH), ggml_decode(raw, type_name))
+
+
+@pytest.mark.parametrize("type_name", QUANTIZED)
+def test_same_numbers_as_gguf(type_name: str) -> None:
+    """Where libgguf has no wheel, too. Every byte value in every place: 512 blocks at least."""
+    raw = random_blocks(type_name, rows=300, seed=1)
+    with np.errstate(all="ignore"):
+        theirs = quants.dequantize(raw, GGMLQuantizationType[type_name]).reshape(len(raw), WIDTH)
+    assert_same_bits(decode_rows(raw, type_name, WIDTH), theirs)
+
+
+def test_same_numbers_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_BLOCK", 1)
+    for type_name in ENCODED:
+        raw = random_blocks(type_name, rows=37)
+        results = set()
+        for threads in (1, 2, 3):
+            monkeypatch.setattr(blocks, "cores", lambda threads=threads: threads)
+            results.add(decode_rows(raw, type_name, WIDTH).tobytes())
+        assert len(results) == 1
+
+
+def test_rows_cut_out_of_others_and_read_only_ones() -> None:
+    for type_name in ENCODED:
+        raw = random_blocks(type_name)
+        expected = decode_rows(raw, type_name, WIDTH).tobytes()
+        padded = np.concatenate([raw, raw], 1)[:, : raw.shape[1]]
+        assert decode_rows(padded, type_name, WIDTH).tobytes() == expected
+        raw.flags.writeable = False
+        assert decode_rows(raw, type_name, WIDTH).tobytes() == expected
 
 
 def halves(raw: np.ndarray) -> np.ndarray:
