@@ -1,7 +1,9 @@
 """The families that have a place in GGUF: architecture, tensor names, and what llama.cpp's converter changes in them.
 
-A tensor's Hugging Face (or MLX) name, shape and condition stand in mlx_modules.py; its GGUF name is looked up in the
-tables of the `gguf` package, which are llama.cpp's own. So each fact stands in one place and serves both directions.
+A tensor's MLX (mostly Hugging Face) name, shape and condition stand in mlx_modules.py, its GGUF name here, so each fact
+stands in one place and serves both directions. The names are those of gguf's own TensorNameMap, which
+convert_hf_to_gguf.py asks and tests compare with; they are spelled here because `inspect` of a GGUF file needs them
+and importing gguf takes 0.2 s.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from mlxquant.errors import UnsupportedError
@@ -20,12 +21,19 @@ from mlxquant.families.known import REMAPPING
 @dataclass(frozen=True)
 class Arch:
     """`name`: general.architecture. `rotary`: q and k are in llama.cpp's rotary order (conversion/llama.py, permute).
-    `shifted`: norms are w in Hugging Face's folder and in MLX's, 1 + w in GGUF (conversion/gemma.py)."""
+    `shifted`: norms are w in Hugging Face's folder and in MLX's, 1 + w in GGUF (conversion/gemma.py). `post_norm`:
+    post_attention_layernorm is what it says, not the norm before the feed-forward part. `lacks`: what mlx-lm's model
+    may have and llama.cpp's architecture has no place for."""
 
     name: str
     rotary: bool = False
     shifted: bool = False
+    post_norm: bool = False
+    lacks: tuple[str, ...] = ()
 
+
+_HEAD = ("output",)
+_DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 
 # mlx-lm's module -> what llama.cpp makes of it.
 ARCHS: dict[str, Arch] = {
@@ -36,15 +44,15 @@ ARCHS: dict[str, Arch] = {
     "qwen2": Arch("qwen2"),
     "qwen2_moe": Arch("qwen2moe"),
     "qwen3": Arch("qwen3"),
-    "qwen3_moe": Arch("qwen3moe"),
-    "qwen3_next": Arch("qwen3next"),
-    "gemma": Arch("gemma", shifted=True),
-    "gemma2": Arch("gemma2", shifted=True),
-    "gemma3_text": Arch("gemma3", shifted=True),
-    "gemma3": Arch("gemma3", shifted=True),
+    "qwen3_moe": Arch("qwen3moe", lacks=_DENSE),
+    "qwen3_next": Arch("qwen3next", post_norm=True, lacks=_DENSE),
+    "gemma": Arch("gemma", shifted=True, lacks=_HEAD),
+    "gemma2": Arch("gemma2", shifted=True, post_norm=True, lacks=_HEAD),
+    "gemma3_text": Arch("gemma3", shifted=True, post_norm=True),
+    "gemma3": Arch("gemma3", shifted=True, post_norm=True),
     "phi3": Arch("phi3"),
-    "olmo2": Arch("olmo2"),
-    "gpt_oss": Arch("gpt-oss"),
+    "olmo2": Arch("olmo2", post_norm=True),
+    "gpt_oss": Arch("gpt-oss", post_norm=True),
 }
 # Llama by another name in mlx-lm, but an architecture of its own in llama.cpp.
 _OTHERS = ("xverse",)
@@ -58,12 +66,40 @@ _MODULES = {arch.name: module for module, arch in ARCHS.items() if module not in
 # Computed from config.json, not stored in a Hugging Face checkpoint.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-# Names of MLX's modules (and of a few parameters) as gguf's tables spell them.
-_SPELLINGS = (
-    (r"(block_sparse_moe|mlp)\.switch_mlp\.", "mlp.experts."),
-    (r"self_attn\.sinks$", "self_attn.sinks.weight"),
-    (r"linear_attn\.dt_bias$", "linear_attn.dt_proj.bias"),
-)
+# MLX's module -> GGUF's; the endings .weight and .bias stay.
+_ROOT = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    **dict.fromkeys(("mlp.gate", "mlp.router", "block_sparse_moe.gate"), "ffn_gate_inp"),
+    **{
+        f"{at}.{part}_proj": f"ffn_{part}_exps"
+        for at in ("mlp.switch_mlp", "mlp.experts", "block_sparse_moe.switch_mlp")
+        for part in ("gate", "up", "down")
+    },
+    **{f"mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+# Parameters of their own, without an ending: whole names.
+_BARE = {"self_attn.sinks": "attn_sinks.weight", "linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"}
+_NAME = re.compile(r"(?:language_model\.)?(?:model\.layers\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
 
 
 def module_of_config(config: Mapping[str, Any]) -> str:
@@ -87,31 +123,20 @@ def module_of_gguf(meta: Metadata) -> str:
     return "mixtral" if name == "llama" and meta.integer("llama.expert_count", 0) else _MODULES[name]
 
 
-@cache
-def gguf_name(arch: str, name: str) -> str:
+def gguf_name(arch: Arch, name: str) -> str:
     """GGUF name of the tensor that MLX (and mostly Hugging Face) calls `name`: token_embd.weight, blk.3.attn_q.weight.
 
-    Source: gguf's TensorNameMap, which convert_hf_to_gguf.py asks too. Raises UnsupportedError where llama.cpp has no
-    such tensor.
+    Raises UnsupportedError where llama.cpp's architecture has no such tensor.
     """
-    plain = name.removeprefix("language_model.")
-    layer = re.match(r"model\.layers\.(\d+)\.", plain)
-    for pattern, spelling in _SPELLINGS:
-        plain = re.sub(pattern, spelling, plain)
-    if layer:  # gguf's map is made for block 0 alone: thousands of blocks would make it slow
-        plain = plain.replace(layer[0], "model.layers.0.", 1)
-    found = _name_map(arch).get_name(plain, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise UnsupportedError(f"{name}: llama.cpp has no such tensor in its architecture {arch}")
-    return str(found).replace("blk.0.", f"blk.{layer[1]}.", 1) if layer else str(found)
-
-
-@cache
-def _name_map(arch: str) -> Any:
-    import gguf  # 0.2 s, for which nobody should wait who wants no GGUF
-
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    return gguf.get_tensor_name_map(number, 1)
+    layer, module, ending = _NAME.fullmatch(name).groups()  # type: ignore[union-attr]
+    if module in _BARE and layer and not ending:
+        return f"blk.{layer}.{_BARE[module]}"
+    found = (_LAYER if layer else _ROOT).get(module)
+    if found == "ffn_norm" and arch.post_norm and module == "post_attention_layernorm":
+        found = "post_attention_norm"
+    if not found or not ending or found in arch.lacks:
+        raise UnsupportedError(f"{name}: llama.cpp has no such tensor in its architecture {arch.name}")
+    return f"blk.{layer}.{found}{ending}" if layer else f"{found}{ending}"
 
 
 def order(name: str) -> tuple[int, str]:

@@ -75,7 +75,7 @@ def _outward(arch: Arch, shape: ModelShape, target: Target, tokens: int | None) 
     if target.name.endswith(_QKVZ):
         yield from _split_qkvz(target, shape)
         return
-    name = gguf_name(arch.name, target.name)
+    name = gguf_name(arch, target.name)
     change, heads = _change(arch, name, shape.heads, shape.kv_heads)
     made = replace(target, name=name, change=change if change != "none" else target.change, heads=heads)
     if name.endswith("ssm_conv1d.weight"):
@@ -172,7 +172,7 @@ def _inward(arch: Arch, dims: Mapping[str, int], shapes: Mapping[str, Shape], ro
     shape = sizes(row.dims, dims)
     if name.endswith(_QKVZ):
         return _join_qkvz(dims, shapes, name, shape)
-    source = gguf_name(arch.name, name)
+    source = gguf_name(arch, name)
     change, heads = _change(arch, source, dims["heads"], dims["kv_heads"])
     rows = _checked(shapes, source, shape[:2] if row.how == "conv" else shape)
     return Target(name, shape, "F32", (Piece(source, 0, rows),), _BACK.get(change, change), heads=heads)

@@ -17,9 +17,10 @@ import pytest
 
 from mlxquant.convert.gather import chunks, mxfp4_rows, rows, wide_rows
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.gguf_table import MODEL_TYPES, gguf_name, order
+from mlxquant.families.gguf_table import ARCHS, MODEL_TYPES, gguf_name, order
 from mlxquant.families.gguf_tensors import gguf_layout, hf_tensors
 from mlxquant.families.layout import Piece, Target
+from mlxquant.families.mlx_modules import FAMILIES
 from mlxquant.files.hf_folder import HFFolder
 from mlxquant.tensors import TensorSpec
 from tests.families.gguf_checkpoints import TIED, TOKENS, VARIANTS, make
@@ -250,7 +251,28 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 
 def test_dense_layers_that_llama_cpp_does_not_know_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"layers\.3\.mlp\.up_proj\.weight: llama\.cpp has no .*qwen3moe"):
-        gguf_name("qwen3moe", "model.layers.3.mlp.up_proj.weight")
+        gguf_name(ARCHS["qwen3_moe"], "model.layers.3.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("module", ARCHS)
+def test_names_are_those_of_gguf_s_own_map(module: str) -> None:
+    """Every tensor that a family's MLX model may have, also those that no tiny checkpoint has."""
+    arch = ARCHS[module]
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.name)
+    names = gguf.get_tensor_name_map(number, 8)
+    spellings = {"switch_mlp": "experts", "self_attn.sinks": "self_attn.sinks.weight", "dt_bias": "dt_proj.bias"}
+    family = FAMILIES[module]
+    for name in [row.name for row in family.root] + [f"model.layers.7.{row.name}" for row in family.layer]:
+        if name.endswith("in_proj_qkvz.weight"):  # two tensors there
+            continue
+        theirs = name.removeprefix("language_model.").replace("block_sparse_moe.switch", "mlp.switch")
+        for ours, spelling in spellings.items():
+            theirs = theirs.replace(ours, spelling)
+        if (found := names.get_name(theirs, try_suffixes=(".weight", ".bias"))) is None:
+            with pytest.raises(UnsupportedError, match="no such tensor"):
+                gguf_name(arch, name)
+        else:
+            assert gguf_name(arch, name) == found
 
 
 def test_a_tied_head_is_left_out_with_its_reason() -> None:
