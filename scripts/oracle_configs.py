@@ -74,6 +74,12 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "max_position_embeddings": 16384,
         },
         "llama3 in heads of 128, theta 10000": {"head_dim": 128, "rope_theta": 10000, "num_attention_heads": 16},
+        "llama3, factor 4, heads of 80": {
+            "head_dim": 80, "rope_theta": 1234567.0, "rope_scaling": LLAMA3 | {"factor": 4, "rope_type": "LLAMA3"},
+        },
+        "llama3, other frequency factors": {
+            "rope_scaling": LLAMA3 | {"low_freq_factor": 0.5, "high_freq_factor": 3.0, "factor": 10.0},
+        },
         "Llama-2-7b": {
             "folder": "Llama-2-7b-hf", "head_dim": None, "hidden_size": 4096, "intermediate_size": 11008,
             "max_position_embeddings": 4096, "num_hidden_layers": 32, "num_key_value_heads": 32,
@@ -108,7 +114,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "folder": "TinyLlama-1.1B-Chat-v1.0", "head_dim": None, "intermediate_size": 5632,
             "max_position_embeddings": 2048, "num_hidden_layers": 22, "num_key_value_heads": 4, "rope_scaling": None,
             "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 32000,
-            "files": {"generation_config.json": '{"max_length": 2048, "temperature": 1, "top_k": 50.5}'},
+            "files": {"generation_config.json": '{"max_length": 2048, "temperature": 1, "top_k": 50}'},
         },
         "folder without a name that says anything": {
             "folder": "snapshot", "files": {"README.md": "no front matter", "generation_config.json": "{broken"},
@@ -363,6 +369,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False,
             "vocab_size": 128256,
         },
+        "llama3": {"rope_scaling": LLAMA3},
         "with yarn": {"rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 65536, "type": "yarn"}},
         "silent": {"rope_theta": None, "num_key_value_heads": None, "no_rope_layers": None, "layer_types": None},
     },
