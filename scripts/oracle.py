@@ -6,7 +6,7 @@
 
 Each step is left out where its result stands. It needs a C++ compiler and a package index, 15 minutes on two cores, and
 on Linux 6 GB, most of it CUDA for torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves 5 GB.
-MLXQUANT_LLAMA_CPP and MLXQUANT_LLAMA_PYTHON name an existing llama.cpp and Python. Arguments go to pytest.
+MLXQUANT_LLAMA_CPP and MLXQUANT_TORCH_PYTHON name an existing llama.cpp and Python. Arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> int:
     if missing := [tool for tool in TOOLS if not (llama_cpp / "build" / "bin" / tool).is_file()]:
         print(f"Building {', '.join(missing)} in {llama_cpp}", flush=True)
         build(llama_cpp)
-    python = Path(os.environ.get("MLXQUANT_LLAMA_PYTHON") or converter_python())
-    env = {**os.environ, "MLXQUANT_LLAMA_CPP": str(llama_cpp), "MLXQUANT_LLAMA_PYTHON": str(python)}
+    python = Path(os.environ.get("MLXQUANT_TORCH_PYTHON") or converter_python())
+    env = {**os.environ, "MLXQUANT_LLAMA_CPP": str(llama_cpp), "MLXQUANT_TORCH_PYTHON": str(python)}
     arguments = sys.argv[1:] or ["-q"]
     return subprocess.run([sys.executable, "-m", "pytest", "-m", "oracle", *arguments], cwd=ROOT, env=env).returncode
 

@@ -1,6 +1,6 @@
 """llama.cpp's own tools, for tests marked `oracle`: each call runs one, or skips the test and says what is missing.
 
-The environment variable MLXQUANT_LLAMA_CPP names llama.cpp's folder (with build/bin), MLXQUANT_LLAMA_PYTHON a Python
+The environment variable MLXQUANT_LLAMA_CPP names llama.cpp's folder (with build/bin), MLXQUANT_TORCH_PYTHON a Python
 with torch for its converter; without them, what `make oracle` left in .oracle/ is taken.
 """
 
@@ -22,11 +22,26 @@ def quantize(src: Path, out: Path | None, type: str, *flags: str | Path) -> str:
     return run(_tool("llama-quantize"), *flags, *paths, type, "2")
 
 
-def convert(folder: Path, out: Path, outtype: str, *flags: str) -> str:
-    """convert_hf_to_gguf.py --outtype OUTTYPE FOLDER, which never asks the Hub."""
+# The converter knows tokenizers by the hash of what they make of one text, and tests train their own.
+_CONVERT_AS = """
+import runpy, sys
+script, pre, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def convert(folder: Path, out: Path, outtype: str, *flags: str, pre: str | None = None) -> str:
+    """convert_hf_to_gguf.py --outtype OUTTYPE FOLDER, which never asks the Hub -> what it printed.
+
+    `pre`: the pre-tokenizer's name for a tokenizer that the converter does not know.
+    """
     script = llama_cpp() / "convert_hf_to_gguf.py"
-    env = {"PYTHONPATH": str(script.parent / "gguf-py"), "HF_HUB_OFFLINE": "1"}
-    return run(_python(), script, "--outtype", outtype, "--outfile", out, *flags, folder, env=env)
+    env = {"PYTHONPATH": f"{script.parent / 'gguf-py'}{os.pathsep}{script.parent}", "HF_HUB_OFFLINE": "1"}
+    start = [script] if pre is None else ["-c", _CONVERT_AS, script, pre]
+    return run(_python(), *start, "--outtype", outtype, "--outfile", out, *flags, folder, env=env)
 
 
 def imatrix(model: Path, text: Path, out: Path, *flags: str) -> str:
@@ -74,7 +89,7 @@ def _tool(name: str) -> Path:
 
 
 def _python() -> Path:
-    path = Path(os.environ.get("MLXQUANT_LLAMA_PYTHON") or ROOT / "env" / "bin" / "python")
+    path = Path(os.environ.get("MLXQUANT_TORCH_PYTHON") or ROOT / "env" / "bin" / "python")
     if not path.is_file():
-        pytest.skip(f"no Python with torch at {path}: `make oracle` makes one, or set MLXQUANT_LLAMA_PYTHON")
+        pytest.skip(f"no Python with torch at {path}: `make oracle` makes one, or set MLXQUANT_TORCH_PYTHON")
     return path

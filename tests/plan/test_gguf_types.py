@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import PlanError, UsageError
+from mlxquant.files.gguf_file import GGUFFile
 from mlxquant.plan import gguf_types
 from mlxquant.plan.gguf_types import (
     FILE_TYPES,
@@ -24,6 +25,7 @@ from mlxquant.plan.gguf_types import (
     tensor_types,
     type_settings,
 )
+from tests import oracle, tiny
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "gguf_types").glob("*.json"))
 QUANTIZED = [name for name, (_, base) in FILE_TYPES.items() if base not in gguf_types.FLOAT_TYPES]
@@ -165,6 +167,18 @@ F32_TENSORS = """
 """
 
 
+def test_float_types_are_the_converters_for_every_family():
+    """tests/fixtures/gguf_floats.json: names, shapes and types of files that convert_hf_to_gguf.py wrote."""
+    families = json.loads((FIXTURES[0].parent.parent / "gguf_floats.json").read_text())
+    assert families.pop("command")
+    assert len(families) > 20
+    for family, groups in families.items():
+        assert {"F32", "BF16"} == {kind for (kind, *_), _ in groups}
+        for (kind, *shape), patterns in groups:
+            for name in (name for pattern in patterns for name in expand(pattern)):
+                assert float_type(name, tuple(shape), "BF16") == kind, (family, name)
+
+
 def test_float_types_are_the_converters():
     for key in F32_TENSORS.split():
         name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[key]].format(bid=11) + ".weight"
@@ -266,6 +280,22 @@ def test_metadata_must_tell_the_layers():
     moe = {**METADATA, "llama.expert_count": 4, "llama.block_count": 1}
     with pytest.raises(PlanError, match=r"blk\.1\.ffn_down\.weight: its name gives no layer below 1"):
         tensor_types(moe, SHAPES, type_settings("Q4_K_M"))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F16")])
+def test_auto_is_the_converters(tmp_path, dtype, expected):
+    """And the whole way, from a checkpoint over the converter's file to llama-quantize's, types and order are ours."""
+    made, quantized = tmp_path / "made.gguf", tmp_path / "quantized.gguf"
+    oracle.convert(tiny.make(tmp_path / "tiny", dtype=dtype), made, "auto", pre="gpt-2")
+    file = GGUFFile(made)
+    assert auto_type({"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]) == expected
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    types, _ = tensor_types(file.metadata, shapes, type_settings(expected))
+    assert types == {name: tensor.type_name for name, tensor in file.tensors.items()}
+    oracle.quantize(made, quantized, "Q5_K_M")
+    types, _ = tensor_types(file.metadata, shapes, type_settings("Q5_K_M"))
+    assert list(types.items()) == [(name, t.type_name) for name, t in GGUFFile(quantized).tensors.items()]
 
 
 def test_these_tests_can_fail(monkeypatch):
