@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 DTYPE = "float16"
 
 
-class _Blocks:
+class Blocks:
     """The file's own tensors, decoded to float32: the Source that a GGUF file's layout is carried out on."""
 
     def __init__(self, file: GGUFFile) -> None:
@@ -45,7 +45,7 @@ class GGUFSource:
         self._file = GGUFFile(path)
         self.weight_files: tuple[Path, ...] = self._file.parts
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        self._blocks = _Blocks(self._file)
+        self._blocks = Blocks(self._file)
         self._targets = hf_tensors(self._file.metadata, shapes)
         self.config: dict[str, Any] = hf_config(self._file.metadata, shapes, self._rope_freqs())
         self.config["torch_dtype"] = DTYPE
