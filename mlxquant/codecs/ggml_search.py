@@ -39,13 +39,15 @@ def clipped(x, top):
 
 @jit
 def search(x, importance, run, times, n, top, first, step, steps, absolute, found):
-    """found[0..4, s] = scale, least, sum of w, iscale, base of sub-block s: x[s * n : (s + 1) * n].
+    """found[0..4, s] = scale, least, sum of w, iscale, base of sub-block s, which is x[s * n : (s + 1) * n].
 
-    least <= 0, and the codes that ggml found on the way are those of iscale * (x - base). x: whole rows, flat, as wide as
-    `importance` where that has a size; then a weight counts w = importance * sqrt(sigma2 + x * x), sigma2 being
-    `times` the mean square of the `run` weights it is among. Otherwise it counts |x|, and where the misfit is a
-    square, not absolute, the root mean square of its sub-block + |x|. Trial scales: (first + step * t + top) / range
-    for t in 0..steps. From make_qkx2_quants and make_qkx3_quants of ggml/src/ggml-quants.c.
+    scale * code + least, with least <= 0, is the best fit that ggml finds, and its codes are those of
+    iscale * (x - base): make_qkx2_quants and make_qkx3_quants of ggml/src/ggml-quants.c. x: float32, whole rows, flat.
+    Trial scales: (first + step * t + top) / range for t in 0..steps.
+
+    With importance, float32 and as wide as a row, a weight counts w = importance * sqrt(sigma2 + x * x), sigma2 being
+    `times` the mean square of the `run` weights it is among. Without, of size 0, it counts |x|; where the misfit is
+    squared, not absolute, the root mean square of its sub-block + |x|.
     """
     sigma2 = np.empty(x.size // run if importance.size else 0, np.float32)
     _squares(x, run, sigma2)

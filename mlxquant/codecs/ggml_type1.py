@@ -389,11 +389,12 @@ def _steps(low, high, levels, times, less, d, m):
 
 
 def _encode_1(top: np.int32, size: int, x: Array, importance: Array, width: int, out: Array) -> None:
-    if not importance.size:
-        return _write_plain(x, top, size, out)
-    found = np.empty((5, x.size // 32), np.float32)
-    search(x, importance, width, np.float32(1), 32, top, *_WEIGHED, found)
-    return _write_searched(x, top, found, size, out)
+    if importance.size:
+        found = np.empty((5, x.size // 32), np.float32)
+        search(x, importance, width, np.float32(1), 32, top, *_WEIGHED, found)
+        _write_searched(x, top, found, size, out)
+    else:
+        _write_plain(x, top, size, out)
 
 
 # encode(x_N, importance_I, width, out): x_N float32, finite, whole rows of `width`, flat; importance_I float32
