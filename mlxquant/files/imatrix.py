@@ -26,6 +26,7 @@ NAME_LIMIT_BYTES = 256  # ggml's own limit is 64
 _TEXT_LIMIT_BYTES = 127  # llama_model_kv_override::val_str
 _KEYS = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _HINT = "make it with llama-imatrix, or download it again"
 
 Array = np.ndarray[Any, Any]
@@ -73,15 +74,13 @@ class Imatrix:
         return keys
 
 
-_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-
-
 def _wanted(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[-3] if len(shape) > 2 else 1), shape[-1]
 
 
 def _cut(text: str) -> str:
-    return text.encode()[:_TEXT_LIMIT_BYTES].decode(errors="ignore")
+    # A path may hold bytes that are no text; GGUF's strings may not.
+    return text.encode(errors="surrogateescape")[:_TEXT_LIMIT_BYTES].decode(errors="ignore")
 
 
 def read_imatrix(path: Path | str) -> Imatrix:
@@ -96,8 +95,9 @@ def _read_gguf(file: GGUFFile, path: str) -> Imatrix:
     if missing := [key for key in _KEYS if key not in file.metadata]:
         raise SourceError(f"{path}: has no {missing[0]}: not an importance matrix", hint=_HINT)
     chunks, datasets = file.metadata["imatrix.chunk_count"], file.metadata["imatrix.datasets"]
-    if not isinstance(chunks, int) or not isinstance(datasets, list):
-        raise SourceError(f"{path}: imatrix.chunk_count is {shown(chunks)}, imatrix.datasets {shown(datasets)}")
+    if type(chunks) is not int or not 0 <= chunks < 2**31 or not isinstance(datasets, list):
+        found = f"imatrix.chunk_count {shown(chunks)} and imatrix.datasets {shown(datasets)}"
+        raise SourceError(f"{path}: has {found}, expected a number and a list", hint=_HINT)
     names = {name.removesuffix(end) for name in file.tensors for end in (_SUMS, _COUNTS) if name.endswith(end)}
     entries = {name: _entry(file, name, path) for name in sorted(names)}
     return _made(path, entries, [text for text in datasets if isinstance(text, str)], chunks)

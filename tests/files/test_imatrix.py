@@ -91,6 +91,7 @@ def test_texts_are_cut_at_127_bytes_and_never_inside_a_letter():
     assert keys["quantize.imatrix.file"] == "a" * 126
     assert keys["quantize.imatrix.dataset"] == "b" * 127
     assert "quantize.imatrix.chunks_count" not in keys
+    assert Imatrix("a\udcff", one, (), 0).metadata()["quantize.imatrix.file"] == "a"
     assert list(Imatrix("a", one, (), 2).metadata()) == [
         "quantize.imatrix.file", "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
     ]  # fmt: skip
@@ -128,7 +129,8 @@ def test_counts_are_rounded_before_they_divide(tmp_path):
     ("tensors", "keys", "message"),
     [
         (pair([[1, 2]], [[1]]), {"without": "chunk_size"}, "has no imatrix.chunk_size: not an importance matrix"),
-        (pair([[1, 2]], [[1]]), {"chunk_count": "two"}, "imatrix.chunk_count is 'two'"),
+        (pair([[1, 2]], [[1]]), {"chunk_count": "two"}, "imatrix.chunk_count 'two'"),
+        (pair([[1, 2]], [[1]]), {"chunk_count": 2**32 - 1}, "imatrix.chunk_count 4294967295"),
         (pair([[1, 2]], [[1]]), {"datasets": "one"}, "imatrix.datasets 'one'"),
         ({"a.in_sum2": np.ones((1, 2), np.float32)}, {}, "'a.counts' is missing"),
         ({"a.counts": np.ones((1, 1), np.float32)}, {}, "'a.in_sum2' is missing"),
