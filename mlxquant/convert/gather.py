@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,25 +178,29 @@ def _mxfp4_floats(source: Source, target: Target, start: int, stop: int) -> Arra
 
 
 def refuse_shifted_norms(source: Source, targets: Iterable[Target]) -> None:
-    """Raises SourceError where norms that are to get their 1 + w shift seem to have it already.
+    """Raises SourceError where a qwen3_next's norms do not come out around 1, as 1 + w of its published w does.
 
-    As published these weights scatter around 0; around 1, an MLX or GGUF tool has shifted them before, and shifting
-    twice is the commonest silent corruption among published MLX folders. Single norms may honestly be large, so the
-    median over the model's norms decides.
+    Around 2, an MLX or GGUF tool had shifted them before: the commonest silent corruption among published MLX folders.
+    Around 0, an MLX folder's were never shifted. Single norms may honestly be large, so the median over the model's
+    norms decides. gemma's are left alone: nothing says that its published w lie around 0, and no tool stores 1 + w.
     """
-    means = {}
-    for target in targets:
-        if target.change == "add_one":
-            spec = TensorSpec(target.name, target.shape, target.dtype)
-            means[target.name] = float(
-                widen(rows(source, replace(target, change="none"), 0, spec.rows), target.dtype).mean()
-            )
-    if means and (middle := float(np.median(list(means.values())))) > 0.75:
-        raise SourceError(
-            f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle:.2f}, expected about "
-            "0: their 1 + w shift has been applied already",
-            hint="convert the original checkpoint, not one that MLX or GGUF tools have rewritten",
-        )
+    if source.config.get("model_type") != "qwen3_next":
+        return
+    means = {t.name: float(wide_rows(source, t, 0, 1).mean()) for t in targets if _is_centred_norm(t)}
+    if not means or 0.25 < (middle := float(np.median(list(means.values())))) < 1.75:
+        return
+    reason = "has been applied already" if middle > 1 else "is missing"
+    raise SourceError(
+        f"{next(iter(means))} and {len(means) - 1} other norms: median of their means {middle - 1:.2f} (w of 1 + w), "
+        f"expected about 0: their 1 + w shift {reason}",
+        hint="convert the original checkpoint, not one that MLX or GGUF tools have rewritten",
+    )
+
+
+def _is_centred_norm(target: Target) -> bool:
+    """The gated norm of a delta net is stored as it is, and centred nowhere."""
+    gated = target.name.endswith(("linear_attn.norm.weight", "ssm_norm.weight"))
+    return len(target.shape) == 1 and target.name.endswith("norm.weight") and not gated
 
 
 def _mla_half(source: Source, target: Target) -> Array:

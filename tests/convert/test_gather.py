@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlxquant.convert.gather import chunks, mxfp4_rows, rows, wide_rows
+from mlxquant.convert.gather import chunks, mxfp4_rows, refuse_shifted_norms, rows, wide_rows
+from mlxquant.errors import SourceError
 from mlxquant.families.layout import Piece, Target
 from mlxquant.tensors import TensorSpec
 
@@ -104,3 +105,27 @@ def test_mxfp4_codes_keep_their_numbers() -> None:
             blocks = mxfp4_rows(source, target, start, stop)
             floats = gguf.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4)
             assert np.array_equal(floats, expected[part::2][start:stop])
+
+
+@pytest.mark.parametrize(
+    ("stored", "change", "reason"),
+    [
+        (0.0, "add_one", None),
+        (1.0, "none", None),
+        (1.0, "add_one", "has been applied already"),  # a checkpoint that somebody shifted
+        (2.0, "none", "has been applied already"),  # an MLX folder shifted twice
+        (0.0, "none", "is missing"),  # an MLX folder never shifted
+    ],
+)
+def test_norms_shifted_twice_or_never_are_refused(stored: float, change: Any, reason: str | None) -> None:
+    norms = {f"{name}_norm.weight": np.full(8, stored, np.float32) for name in ("attn", "post_attention", "output")}
+    norms |= {"attn_q_norm.weight": np.full(8, 9.0, np.float32), "ssm_norm.weight": np.full(8, 7.0, np.float32)}
+    source = Counting(**norms)
+    targets = [Target(name, (8,), "F32", (Piece(name, 0, 1),), change) for name in norms]
+    refuse_shifted_norms(source, targets)  # no family that is known to lie around 0
+    source.config = {"model_type": "qwen3_next"}
+    if reason is None:
+        refuse_shifted_norms(source, targets)
+    else:
+        with pytest.raises(SourceError, match=rf"attn_norm\.weight and 3 other norms: .* 1 \+ w shift {reason}"):
+            refuse_shifted_norms(source, targets)
