@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -40,8 +40,8 @@ _AFTER = {
     "source_repo_url": "source.repo_url",
 }  # fmt: skip
 _OF_ENTRY = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
-# Front matter is a page; more is somebody's joke.
-_MAX_CARD_BYTES = 1 << 20
+# Front matter is a page, or a few dozen with all benchmarks; more, or deeper, is somebody's joke.
+_MAX_CARD_CHARACTERS, _MAX_DEPTH = 1 << 18, 16
 
 
 def general_keys(
@@ -125,20 +125,31 @@ def model_card(readme: bytes) -> dict[str, Any]:
     """The front matter of a README.md, between two lines of `---`; empty where there is none that can be read."""
     import yaml
 
-    lines = readme[:_MAX_CARD_BYTES].decode("utf-8", "replace").splitlines()
+    lines = readme.decode("utf-8", "replace").splitlines()
     if not lines or lines[0] != "---":
         return {}
     end = lines.index("---", 1) if "---" in lines[1:] else len(lines)
     # As the script reads it: `no` is Norwegian, and a tab stands for two spaces.
     text = ("\n".join(lines[1:end]) + "\n").replace("- no\n", '- "no"\n').replace("\t", "  ")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if len(text) > _MAX_CARD_CHARACTERS:
+        return {}
     try:
-        # Aliases can make exabytes of a line.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            return {}
-        card = yaml.safe_load(text)
+        card = yaml.load(text, loader) if _is_harmless(yaml.parse(text, loader)) else {}
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return {key: value for key, value in card.items() if isinstance(key, str)} if isinstance(card, dict) else {}
+
+
+def _is_harmless(events: Iterable[Any]) -> bool:
+    """False where a line of YAML could take hours: aliases that multiply, nests that are searched at every level."""
+    depth = 0
+    for event in events:
+        kind = type(event).__name__
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        if kind == "AliasEvent" or depth > _MAX_DEPTH:
+            return False
+    return True
 
 
 def count_parameters(shapes: Mapping[str, Shape]) -> tuple[int, int, int, int]:

@@ -37,8 +37,8 @@ def rope_tensors(config: Mapping[str, Any]) -> dict[str, Array]:
     """The rope factors that a GGUF file of this model has as tensors: GGUF name -> float32 (pairs,).
 
     rope_freqs.weight where rope scaling is llama3's (conversion/llama.py, generate_extra_tensors), rope_factors_* where
-    it is Phi-3's long rope (conversion/phi.py); most models have none. The script's bits. Raises SourceError for settings
-    that are missing or no numbers, UnsupportedError where llama.cpp has no place for them."""
+    it is Phi-3's long rope (conversion/phi.py); most models have none. The script's bits. Raises SourceError for
+    settings that are missing or no numbers, UnsupportedError where llama.cpp has no place for them."""
     hparams = read_hparams(config, module_of_config(config))
     kind = hparams.rope["rope_type"].lower()
     if hparams.model_type in _LLAMA3_FAMILIES and kind == "llama3":

@@ -235,7 +235,6 @@ def test_rope_factors_of_nobody_are_refused() -> None:
         ("llama.attention.value_length", 16, UnsupportedError, r"value_length: found 16"),
         ("llama.rope.dimension_count", 16, UnsupportedError, r"dimension_count: found 16"),
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), SourceError, "expected a finite number"),
-        ("qwen3.expert_count", 8, UnsupportedError, "mixture of experts"),
         ("llama.rope.scaling.type", "longrope", UnsupportedError, "'longrope' is not supported"),
         ("tokenizer.ggml.eos_token_id", "x", SourceError, r"eos_token_id: found 'x'"),
     ],
@@ -246,6 +245,13 @@ def test_bad_keys(key: str, value: Any, error: type[SourceError], message: str) 
         hf_config(keys, SHAPES)
     assert type(caught.value) is error
     assert len(caught.value.message) < 300
+
+
+def test_experts_where_the_family_has_none_are_refused() -> None:
+    keys = {key.replace("llama", "qwen2"): value for key, value in KEYS.items()}
+    keys |= {"general.architecture": "qwen2", "qwen2.expert_count": 8}
+    with pytest.raises(UnsupportedError, match=r"expert_count > 0 \(mixture of experts\) in a qwen2 model"):
+        hf_config(keys, SHAPES)
 
 
 def test_layers_may_repeat_one_number() -> None:

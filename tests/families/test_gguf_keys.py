@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,17 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 
 # --- and back ---
 
-# Configs that are silent about what stock mlx-lm takes otherwise than transformers, or that it cannot read.
-NO_WAY_BACK = {
-    "qwen2_moe-tiny", "olmo2-tiny",
-    "gemma3-tiny", "phi3-rope_parameters of transformers 5", "mixtral-with a head_dim", "qwen2-with a head_dim",
-    "gemma3_text-a cap on the logits", "llama-linear", "llama-Llama 1, which names no key heads",
-    "llama-heads wider than the model", "gemma3_text-tiny", "llama-llama3, other frequency factors",
+# Refused on the way back, with what says why.
+REFUSED = {
+    "mixtral-with a head_dim": "32 heads of 64 beside a hidden size of 4096",
+    "qwen2-with a head_dim": "12 heads of 64 beside a hidden size of 1536",
+    "gemma3_text-a cap on the logits": "final_logit_softcapping in a gemma3 model",
+    "llama-llama3, other frequency factors": "no known Llama 3 rope scaling",
+}
+# Silent about what stock mlx-lm takes otherwise than transformers, or spelled as it cannot read.
+NO_COMPARISON = {
+    "gemma3-tiny", "gemma3_text-tiny", "llama-Llama 1, which names no key heads",
+    "phi3-rope_parameters of transformers 5", *(name for name in CASES if name.endswith("-silent")),
 }  # fmt: skip
 
 
@@ -162,16 +168,157 @@ def scaling(rope: dict[str, Any], context: int | None) -> dict[str, Any]:
     return {"kind": {"su": "longrope", "dynamic": "default"}.get(kind, kind.lower()), **found}
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "silent" not in n and n not in NO_WAY_BACK])
+@pytest.mark.parametrize("name", sorted(CASES.keys() - NO_COMPARISON - REFUSED.keys()))
 def test_stock_mlx_lm_reads_the_same_model_back(name: str) -> None:
     case = CASES[name]
     before, after = arguments(dict(case["config"])), arguments(back(case))
     different = {key for key in before if before[key] != after[key] and not _close(before[key], after[key])}
-    if unsaid(case["config"]):  # then it must be seen here too, or be what mlx-lm itself leaves out
-        assert different <= {"rope_theta", "no_rope_layers", "layer_types", "query_pre_attn_scalar", "norm_topk_prob"}
-    else:
-        assert not different, {key: (before[key], after[key]) for key in different}
+    named = {line.split()[0] for line in unsaid(case["config"])}
+    assert different <= named, {key: (before[key], after[key]) for key in different}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_mlx_lm_cannot_run_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=REFUSED[name]):
+        back(CASES[name])
 
 
 def _close(a: Any, b: Any) -> bool:
     return isinstance(a, int | float) and isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6)
+
+
+# --- what GGUF cannot say ---
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_published_models_lose_nothing(family: str) -> None:
+    assert unsaid(FIRST[family]) == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "lines"),
+    [
+        ("gemma", {"rope_theta": 20000.0}, ["rope_theta is 20000.0"]),
+        ("gemma2", {"query_pre_attn_scalar": 224}, ["query_pre_attn_scalar is 224"]),
+        ("gemma2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope_type is 'linear'"]),
+        ("gemma3_text", {"sliding_window_pattern": 4}, ["layer_types is"]),
+        ("gemma3_text", {"sliding_window_pattern": 1}, []),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type is 'dynamic'"]),
+        ("llama", {"hidden_act": "relu"}, ["hidden_act is 'relu'"]),
+        ("mistral", {"sliding_window": 4096}, ["sliding_window is 4096"]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 512}, ["sliding_window is 512"]),
+        ("qwen2_moe", {"norm_topk_prob": True}, ["norm_topk_prob is True"]),
+        ("qwen3_moe", {"norm_topk_prob": False}, ["norm_topk_prob is False"]),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, ["no_rope_layers is"]),
+        ("gpt_oss", {"swiglu_limit": 5.0}, ["swiglu_limit is 5.0"]),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 24}, ["layer_types is"]),
+    ],
+)
+def test_what_a_file_cannot_say_is_said_here(family: str, more: dict[str, Any], lines: list[str]) -> None:
+    found = unsaid(FIRST[family] | more)
+    assert [line[: len(start)] for line, start in zip(found, lines, strict=True)] == lines
+    assert all(len(line) < 200 for line in found)
+
+
+# --- the files that say whose it is ---
+
+
+def test_parameters_are_counted_as_gguf_counts_them(tmp_path: Path) -> None:
+    for name in ("mixtral-tiny", "qwen2_moe-tiny", "llama-tiny"):
+        shapes = {n: tuple(shape) for n, shape in CASES[name]["shapes"].items()}
+        shapes |= {"blk.0.ffn_gate_exps.bias": (4, 7), "x_exps.weight": (3, 5), "scalar": ()}
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        for tensor, shape in shapes.items():
+            writer.add_tensor_info(tensor, shape, np.dtype(np.float32), 4 * math.prod(shape))
+        assert count_parameters(shapes) == writer.get_total_parameter_count()
+
+
+def test_a_card_that_lies_says_nothing() -> None:
+    bomb = "a: &a [x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{p}'] * 9)}]\n" for p, c in pairwise("abcdefg"))
+    pages = (
+        bomb, "[" * 5000, "a: " + "9" * 9000, "2024-99-99", "- a", "\x00", "a: b: c", "? [a]\n: b", "%", "!!python/x a",
+    )  # fmt: skip
+    for page in pages:
+        assert model_card(f"---\n{page}\n---\n".encode()) == {}
+    assert model_card(b"") == model_card(b"---") == model_card(b"\xff\xfe") == {}
+    assert model_card(b"---\nlicense: mit") == {"license": "mit"}
+
+
+def test_values_of_other_types_are_left_out() -> None:
+    card = """---
+license: {a: b}
+tags: [1, x, [y], null]
+language: no
+base_model: [1, {name: 5, repo_url: here}, "", "/", "-"]
+datasets: {a: b}
+model_name: 7
+version: 1.0
+size_label: []
+author: Me
+---"""
+    sampling = {"temperature": True, "top_k": 1.5, "top_p": "x", "min_p": 1e999, "mirostat": 2**40, "penalty_last_n": 3}
+    sidecars = {"README.md": card.encode(), "generation_config.json": json.dumps(sampling).encode()}
+    keys = general_keys({"_name_or_path": ["x"]}, sidecars, "a/b", {"t": (10, 100)})
+    assert keys.pop("general.base_model.count") == 5
+    base = [key for key in keys if key.startswith("general.base_model")]
+    assert keys["general.base_model.1.repo_url"] == "here"
+    assert "general.base_model.1.name" not in keys
+    assert {key: value for key, value in keys.items() if key not in base} == {
+        "general.sampling.penalty_last_n": 3,
+        "general.name": "a-b",
+        "general.author": "Me",
+        "general.size_label": "1.0K",
+        "general.dataset.count": 0,
+        "general.tags": ["x"],
+    }
+    for broken in (b"{", b"[]", b"\xff", b"[" * 100_000, b'{"top_k": ' + b"9" * 5000 + b"}"):
+        assert list(general_keys({}, {"generation_config.json": broken}, "", {})) == ["general.name"]
+
+
+def test_llama_quantize_moves_two_keys_to_the_end() -> None:
+    keys = model_keys(FIRST["llama"], 1) | {"tokenizer.ggml.model": "gpt2"}
+    made = quantized_keys(keys, 15)
+    assert list(made.items())[-2:] == [("general.quantization_version", 2), ("general.file_type", 15)]
+    assert list(made)[:-2] == [key for key in keys if key not in list(made)[-2:]]
+
+
+# --- refusals ---
+
+
+def test_unknown_families_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"model_type 'mamba2' has no GGUF layout \(known: .*gpt_oss.*smollm3"):
+        model_keys({"model_type": "mamba2"}, 0)
+    for name in ("LlamaForSequenceClassification", "Qwen2ForCausalLM", 7, ["LlamaForCausalLM"]):
+        with pytest.raises(UnsupportedError, match=r"architectures is .*, which is no llama \(known: LlamaForCausalLM"):
+            architecture(FIRST["llama"] | {"architectures": [name]})
+    assert architecture(FIRST["llama"] | {"architectures": None}) == "llama"
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "message"),
+    [
+        ("llama", {"hidden_size": "2048"}, "hidden_size is '2048', expected a whole number"),
+        ("llama", {"hidden_size": -1}, "hidden_size is -1"),
+        ("llama", {"num_hidden_layers": 2**32}, "num_hidden_layers is 4294967296"),
+        ("llama", {"num_attention_heads": 0, "head_dim": None}, "num_attention_heads is 0, expected .* from 1"),
+        ("llama", {"vocab_size": True}, "vocab_size is True"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a finite number"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*, expected a finite number"),
+        ("llama", {"rope_scaling": [1]}, r"rope_scaling is \[1\], expected an object"),
+        ("llama", {"rope_scaling": {"rope_type": 3}}, "rope_type is 3"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor is None"),
+        ("llama", {"rope_scaling": FIRST["llama"]["rope_scaling"] | {"low_freq_factor": 4.0}}, "is no llama3 scaling"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": "x"}}, "factor is 'x'"),
+        ("granite", {"rope_scaling": FIRST["llama"]["rope_scaling"]}, "no rope scaling 'llama3' in its .* granite"),
+        ("gemma3", {"text_config": 5}, "text_config is 5, expected an object"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear' is no phi3's"),
+        ("phi3", {"rope_scaling": {"rope_type": "su", "long_factor": [1.0]}}, "long_factor .* 1 entries, expected 48"),
+        ("phi3", {"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1, expected .* from 2"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval is 0"),
+    ],
+)
+def test_bad_configs(family: str, more: dict[str, Any], message: str) -> None:
+    config = {key: value for key, value in (FIRST[family] | more).items() if value is not None}
+    with pytest.raises(SourceError, match=message) as caught:
+        (model_keys(config, 0), rope_tensors(config))
+    assert len(caught.value.message) < 300
