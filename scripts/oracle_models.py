@@ -261,6 +261,15 @@ def lfm2() -> Model:
     return keys("lfm2", layers, width, 16, kv_heads, 4608, shortconv__l_cache=3), shapes
 
 
+def deci() -> Model:
+    """Heads differ from layer to layer: the rules look at the first."""
+    layers = 80
+    metadata, shapes = dense("deci", layers, 8, 2)
+    metadata["deci.attention.head_count"] = [8] * layers
+    metadata["deci.attention.head_count_kv"] = [2] + [8] * (layers - 1)
+    return metadata, shapes
+
+
 def gemma3n() -> Model:
     """Small matrices that stay as they are, and a second table of embeddings."""
     width, layers, ffn = 2048, 30, 8192
@@ -328,5 +337,9 @@ MODELS: dict[str, Callable[[], Model]] = {
     "deepseek2": partial(deepseek2, split=False),
     "deepseek2-split": partial(deepseek2, split=True),
     "lfm2": lfm2,
+    "deci-80": deci,
+    "llama-embed-80": partial(dense, "llama-embed", 80, 8, 1),
+    "olmo-80": partial(dense, "olmo", 80, 8, 8, attention__layer_norm_epsilon=1e-5),
+    "jais2-68": partial(dense, "jais2", 68, 8, 8, attention__layer_norm_epsilon=1e-5),
     "gemma3n": gemma3n,
 }

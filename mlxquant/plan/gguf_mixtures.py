@@ -55,7 +55,7 @@ def model(metadata: Mapping[str, Any], names: Iterable[str]) -> Model:
     experts = int(metadata.get(f"{arch}.expert_count", 0))
     is_70b = _LAYERS_OF_70B.get(arch) == int(layers)
     if arch.startswith("llama"):  # the 65B model of the same depth has as many key heads as query heads
-        is_70b = is_70b and heads != kv_heads and experts != 8
+        is_70b = is_70b and heads != kv_heads
     n_attention_v = sum(category(name) == "attn_v" for name in names)
     gqa = heads // kv_heads if kv_heads else 0
     return Model(arch, int(layers), gqa, experts, is_70b, "output.weight" not in names, n_attention_v)

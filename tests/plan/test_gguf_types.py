@@ -79,7 +79,7 @@ def ours(fixture: Fixture, settings: TypeSettings, has_imatrix: bool) -> dict[st
 
 
 def test_there_are_fixtures():
-    assert len(FIXTURES) == 26
+    assert len(FIXTURES) == 30
     assert sum(len(Fixture(path).runs) for path in FIXTURES) > 650
 
 
