@@ -1,20 +1,25 @@
-"""`mlxquant convert SRC -o OUT`."""
+"""`mlxquant convert SRC -o OUT`: an MLX folder, or with -o NAME.gguf a GGUF file."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxquant.cli.resolve import resolve_source
+from mlxquant.cli.sections import SectionCommand, SectionOption, given
+from mlxquant.codecs.repacked import REPACKED
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
-from mlxquant.plan.recipe import RECIPES, settings
+from mlxquant.plan.gguf_types import FILE_TYPES
+from mlxquant.plan.recipe import RECIPES, REPACK, Settings, settings
 from mlxquant.tensors import FLOAT_CODES, TensorSpec
 from mlxquant.units import format_bytes, format_count, format_duration
 
@@ -22,112 +27,240 @@ if TYPE_CHECKING:
     from mlxquant.convert.sources import OpenSource
     from mlxquant.plan.plan import Plan
 
+MLX, GGUF = "For an MLX folder", "For a GGUF file"
 
-@click.command()
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for whatever the output is."""
+
+    source: str
+    revision: str | None
+    dry_run: bool
+    as_json: bool
+    resume: bool
+    restart: bool
+    force: bool
+
+
+@click.command(cls=SectionCommand)
 @click.argument("source", metavar="SRC")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The MLX folder to write.")
-@click.option("--bits", type=click.Choice([str(b) for b in AFFINE_BITS]), help="Bits per weight code.  [default: 4]")
-@click.option(
-    "--group-size",
-    type=click.Choice([str(g) for g in AFFINE_GROUP_SIZES]),
-    help="Weights that share a scale and a bias.  [default: 64]",
-)
-@click.option("--mode", type=click.Choice(MODES), default="affine", show_default=True, help="MLX number format.")
-@click.option(
-    "--recipe",
-    type=click.Choice(RECIPES),
-    default="balanced",
-    show_default=True,
-    help="Who gets more bits. uniform and mixed_* write what stock mlx_lm.convert writes.",
-)
-@click.option(
-    "--dtype", type=click.Choice(list(FLOAT_CODES)), help="Dtype of what stays float.  [default: the source's]"
-)
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="REGEX=CODEC",
-    help="Codec for matching tensors: 8g32, mxfp4, keep... Repeatable; the first match wins.",
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The MLX folder, or NAME.gguf, to write.")
 @click.option("--revision", help="Branch, tag or commit, when SRC is a Hub id.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the result as one JSON object.")
 @click.option("--resume", is_flag=True, help="Go on with OUT.partial; an error if there is none to go on with.")
 @click.option("--restart", is_flag=True, help="Throw OUT.partial away and begin again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize again what is quantized in SRC: a second loss.")
+@click.option(
+    "--bits",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice([str(b) for b in AFFINE_BITS]),
+    help="Bits per weight code.  [default: 4]",
+)
+@click.option(
+    "--group-size",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice([str(g) for g in AFFINE_GROUP_SIZES]),
+    help="Weights that share a scale and a bias.  [default: 64]",
+)
+@click.option(
+    "--mode",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice(MODES),
+    default="affine",
+    show_default=True,
+    help="MLX number format.",
+)
+@click.option(
+    "--recipe",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice(RECIPES),
+    help="Who gets more bits. uniform and mixed_* write what stock mlx_lm.convert writes; repack keeps a GGUF file's "
+    "own codes.  [default: balanced; repack for a quantized .gguf without other format options]",
+)
+@click.option(
+    "--dtype",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice(list(FLOAT_CODES)),
+    help="Dtype of what stays float.  [default: the source's]",
+)
+@click.option(
+    "--set",
+    "sets",
+    cls=SectionOption,
+    section=MLX,
+    multiple=True,
+    metavar="REGEX=CODEC",
+    help="Codec for matching tensors: 8g32, mxfp4, keep... Repeatable; the first match wins.",
+)
+@click.option(
+    "--type",
+    "file_type",
+    cls=SectionOption,
+    section=GGUF,
+    metavar="TYPE",
+    help=f"llama.cpp's file type: {', '.join(FILE_TYPES)}.",
+)
+@click.option(
+    "--tensor-type",
+    "tensor_types",
+    cls=SectionOption,
+    section=GGUF,
+    multiple=True,
+    metavar="REGEX=TYPE",
+    help="Type of matching tensors, by GGUF name: ffn_down=Q6_K. Repeatable; the first match wins.",
+)
+@click.option("--output-tensor-type", cls=SectionOption, section=GGUF, metavar="TYPE", help="Type of output.weight.")
+@click.option(
+    "--token-embedding-type", cls=SectionOption, section=GGUF, metavar="TYPE", help="Type of token_embd.weight."
+)
+@click.option("--pure", cls=SectionOption, section=GGUF, is_flag=True, help="One type for all: no mixture.")
+@click.option(
+    "--imatrix",
+    cls=SectionOption,
+    section=GGUF,
+    metavar="FILE",
+    help="Importance matrix by llama-imatrix, GGUF or .dat.",
+)
+@click.option(
+    "--split-max-size",
+    cls=SectionOption,
+    section=GGUF,
+    metavar="SIZE",
+    help="Several files NAME-00001-of-0000N.gguf of at most SIZE of weights each: 5G, 500M or bytes.",
+)
+@click.option(
+    "--pre",
+    cls=SectionOption,
+    section=GGUF,
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell.",
+)
+@click.option("--modelfile", cls=SectionOption, section=GGUF, is_flag=True, help="Write Ollama's Modelfile beside it.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     source: str,
     out: Path | None,
-    bits: str | None,
-    group_size: str | None,
-    mode: str,
-    recipe: str,
-    dtype: str | None,
-    sets: tuple[str, ...],
     revision: str | None,
     dry_run: bool,
     as_json: bool,
     resume: bool,
     restart: bool,
     force: bool,
+    **options: Any,
 ) -> None:
-    """Quantize SRC (a Hugging Face folder, a Hub id or a .gguf file) into the MLX folder OUT.
+    """Quantize SRC (a Hugging Face folder, an MLX folder, a Hub id or a .gguf file) into OUT.
 
-    OUT loads in stock mlx-lm and LM Studio. A conversion that was stopped goes on where it was when the same command
+    OUT is an MLX folder, which loads in stock mlx-lm and LM Studio; or with -o NAME.gguf --type TYPE a GGUF file, which
+    loads in llama.cpp, Ollama and LM Studio. A conversion that was stopped goes on where it was when the same command
     is given again; OUT appears only when it is complete.
     """
     if resume and restart:
         raise UsageError("--resume and --restart contradict each other", hint="give one of them")
     if out is None and not dry_run:
-        raise UsageError("no output folder", hint="add -o OUT, or --dry-run to see the plan only")
-    wanted = settings(
-        bits=int(bits) if bits else None,
-        group_size=int(group_size) if group_size else None,
-        mode=mode,
-        recipe=recipe,
-        dtype=dtype,
-        sets=sets,
-    )
+        raise UsageError("no output", hint="add -o FOLDER or -o NAME.gguf, or --dry-run to see the plan only")
+    wish = Wish(source, revision, dry_run, as_json, resume, restart, force)
+    if wants_gguf(out, given(ctx, MLX), given(ctx, GGUF)):
+        from mlxquant.cli.convert_gguf import convert_gguf
+
+        convert_gguf(wish, out, options)
+    else:
+        convert_mlx(wish, out, options, bool({"--bits", "--group-size", "--mode", "--dtype"} & set(given(ctx, MLX))))
+
+
+def wants_gguf(out: Path | None, for_mlx: Sequence[str], for_gguf: Sequence[str]) -> bool:
+    """Which of the two outputs the command line means. Raises UsageError where it means both, or neither fully."""
+    is_file = out is not None and out.suffix.lower() == ".gguf"
+    typed = "--type" in for_gguf
+    if is_file and not typed:
+        raise UsageError(f"{out}: a GGUF file needs a --type", hint="add --type Q4_K_M, or leave .gguf out for MLX")
+    if typed and for_mlx:
+        raise UsageError(
+            f"{for_mlx[0]} is for MLX folders, and --type is for GGUF files",
+            hint=f"leave {for_mlx[0]} out (--tensor-type chooses single tensors' types), or --type for an MLX folder",
+        )
+    if typed and out is not None and not is_file:
+        raise UsageError(
+            f"--type is for GGUF files, and {out} does not end in .gguf",
+            hint=f"write -o {out}.gguf, or leave --type out for an MLX folder",
+        )
+    if for_gguf and not typed:
+        raise UsageError(f"{for_gguf[0]} is for GGUF files", hint="add -o NAME.gguf --type Q4_K_M, or leave it out")
+    return typed
+
+
+def convert_mlx(wish: Wish, out: Path | None, options: Mapping[str, Any], formatted: bool) -> None:
+    """`formatted`: the command line chooses a format, so that a GGUF file's own is not kept unasked."""
     from mlxquant.plan.plan import make_plan
 
-    if dry_run:
-        config, specs = resolve_headers(source, revision)
-        print_plan(make_plan(config, specs, wanted), as_json)
+    check_settings(options)  # before anything is pulled
+    if wish.dry_run:
+        config, specs, quantized = resolve_headers(wish.source, wish.revision)
+        print_plan(make_plan(config, specs, mlx_settings(options, quantized, formatted), quantized), wish.as_json)
         return
     from mlxquant.convert.sources import open_source
 
-    path, origin = resolve_source(source, revision)
+    path, origin = resolve_source(wish.source, wish.revision)
     opened = open_source(path, origin)
-    plan = make_plan(opened.config, opened.specs, wanted)
+    wanted = mlx_settings(options, opened.quantized, formatted)
+    plan = make_plan(opened.config, opened.specs, wanted, opened.quantized)
     assert out is not None
-    run(opened, plan, out, resume, restart, force, as_json)
+    run(opened, plan, out, wish)
 
 
-def resolve_headers(source: str, revision: str | None) -> tuple[dict[str, Any], Mapping[str, TensorSpec]]:
-    """Config and tensor specs; for a Hub id from its headers alone, without downloading weights."""
+def mlx_settings(options: Mapping[str, Any], quantized: Mapping[str, str], formatted: bool) -> Settings:
+    """A GGUF file's own codes are kept where nothing else is asked for: any other format is a second loss."""
+    own = not formatted and any(type_name in REPACKED for type_name in quantized.values())
+    bits, group_size = options["bits"], options["group_size"]
+    return settings(
+        bits=int(bits) if bits else None,
+        group_size=int(group_size) if group_size else None,
+        mode=options["mode"],
+        recipe=options["recipe"] or (REPACK if own else "balanced"),
+        dtype=options["dtype"],
+        sets=options["sets"],
+        requantize=options["allow_requantize"],
+    )
+
+
+def check_settings(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for contradictions that no source can mend."""
+    mlx_settings(options, {}, True)
+
+
+def resolve_headers(
+    source: str, revision: str | None
+) -> tuple[dict[str, Any], Mapping[str, TensorSpec], Mapping[str, str]]:
+    """Config, tensor specs and what is quantized already; for a Hub id from its headers alone."""
     from mlxquant.cli.resolve import is_hub_id, resolve
 
     if not is_hub_id(source):
         from mlxquant.convert.sources import open_source
 
         opened = open_source(resolve(source, revision))
-        return opened.config, opened.specs
+        return opened.config, opened.specs, opened.quantized
     if source.endswith(".gguf"):
         from mlxquant.convert.gguf_source import GGUFSource
         from mlxquant.hub.front import read_front
 
         front, _, _ = read_front(source, revision, GGUFSource, lambda found: found.front_bytes)
-        return front.config, front.specs
+        return front.config, front.specs, front.quantized
     from mlxquant.hub.headers import remote_specs
 
     remote = remote_specs(source, revision)
-    return remote.config, remote.specs
+    return remote.config, remote.specs, {}
 
 
-def run(
-    opened: OpenSource, plan: Plan, out: Path, resume: bool, restart: bool, force: bool, as_json: bool
-) -> None:
+def run(opened: OpenSource, plan: Plan, out: Path, wish: Wish) -> None:
     from mlxquant.cli.progress import ByteBar
     from mlxquant.convert.sidecars import small_files
 
@@ -135,24 +268,39 @@ def run(
     small = small_files(opened, plan)
     from mlxquant.convert.to_mlx import to_mlx
 
-    if not as_json:
+    if not wish.as_json:
         print_summary(plan)
     began = time.perf_counter()
+    with stopped_in_one_line(out), ByteBar(f"Quantizing to {plan.base.label}", quiet=wish.as_json) as bar:
+        to_mlx(
+            opened,
+            plan,
+            out,
+            resume=wish.resume or None,
+            restart=wish.restart,
+            force=wish.force,
+            small=small,
+            progress=bar,
+        )
+    seconds = time.perf_counter() - began
+    if wish.as_json:
+        click.echo(json.dumps({"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw}))
+        return
+    print_written(out, plan.nbytes, plan.bpw, seconds)
+
+
+@contextmanager
+def stopped_in_one_line(out: Path) -> Iterator[None]:
+    """Ctrl-C is a promise, not a failure."""
     try:
-        with ByteBar(f"Quantizing to {plan.base.label}", quiet=as_json) as bar:
-            to_mlx(
-                opened, plan, out, resume=resume or None, restart=restart, force=force, small=small, progress=bar
-            )
+        yield
     except KeyboardInterrupt:
         click.echo(f"Stopped. What is done stays in {out}.partial; the same command goes on from there.", err=True)
         sys.exit(130)
-    seconds = time.perf_counter() - began
-    if as_json:
-        click.echo(json.dumps({"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw}))
-        return
-    click.echo(
-        f"Wrote {out}: {format_bytes(plan.nbytes)}, {plan.bpw:.2f} bits per weight, in {format_duration(seconds)}."
-    )
+
+
+def print_written(out: Path, nbytes: int, bpw: float, seconds: float) -> None:
+    click.echo(f"Wrote {out}: {format_bytes(nbytes)}, {bpw:.2f} bits per weight, in {format_duration(seconds)}.")
     click.echo(f"Next: mlxquant verify {out}   or   mlxquant chat {out}")
 
 

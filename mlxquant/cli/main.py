@@ -16,8 +16,8 @@ from mlxquant.errors import MlxquantError
 # command -> what `mlxquant --help` says of it. The file is cli/<command>.py and holds a click command `command`.
 COMMANDS = {
     "inspect": "Say what a model is: architecture, parameters, bits per weight, bytes by role.",
-    "convert": "Quantize a folder, a Hub id or a GGUF file into an MLX folder.",
-    "verify": "Prove that a converted folder is what its plan says and still agrees with its source.",
+    "convert": "Quantize a folder, a Hub id or a GGUF file into an MLX folder or a GGUF file.",
+    "verify": "Prove that a converted folder or file is what its plan says and still agrees with its source.",
     "generate": "Continue one prompt.",
     "chat": "Talk to a model, turn by turn.",
     "bench": "Time prefill and decode, and compare with stock mlx-lm.",

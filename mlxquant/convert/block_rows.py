@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlxquant.codecs.ggml import block, decode_rows, encode_rows
+from mlxquant.codecs.ggml import decode_rows, encode_rows
 from mlxquant.convert.gather import mxfp4_rows, rows, wide_rows
 from mlxquant.convert.sources import OpenSource
 from mlxquant.errors import SourceError
@@ -128,8 +128,3 @@ def _encode(tensor: PlannedBlocks, raw: Array, code: str, importance_I: Array | 
             f"{tensor.name}: row {start + error.row}: {error.reason}",
             hint="download the file again; if a value is only too large for F16, use --type BF16 or F32",
         ) from error
-
-
-def row_bytes(tensor: PlannedBlocks) -> int:
-    elements, nbytes = block(tensor.type_name)
-    return tensor.target.shape[-1] // elements * nbytes

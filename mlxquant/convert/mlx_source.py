@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ Array = np.ndarray[Any, Any]
 def is_quantized(path: Path) -> bool:
     """Whether config.json has MLX's `quantization` block. Raises SourceError for a config.json that is none."""
     config = path / CONFIG
-    return config.is_file() and isinstance(read_json_object(config).get("quantization"), dict)
+    # Path's own raises where the folder may not be read, which HFFolder says better.
+    return os.path.isfile(config) and isinstance(  # noqa: PTH113
+        read_json_object(config).get("quantization"), dict
+    )
 
 
 class MLXSource:
@@ -78,4 +82,3 @@ def _refuse_unknown(name: str, weight: Weight) -> None:
         f"{name}: {codec.mode} with {codec.bits} bits and group size {codec.group_size} is no format that MLX has",
         hint="convert the full-precision repository of this model instead",
     )
-

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlxquant import __version__
 from mlxquant.convert.block_rows import BlockRows, encode_blocks
-from mlxquant.convert.gather import chunks, refuse_shifted_norms
-from mlxquant.convert.sidecars import read_small
-from mlxquant.convert.sources import OpenSource
+from mlxquant.convert.gather import chunks
+from mlxquant.convert.gguf_job import TENSORS
 from mlxquant.convert.streaming import Line, Progress, Silent, line
-from mlxquant.families.gguf_keys import file_keys, quantized_keys
 from mlxquant.files.gguf_writer import lay_out
 from mlxquant.files.place import FilesPlace
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import Shard
-from mlxquant.plan.gguf_plan import OWN_KEYS, GGUFPlan, PlannedBlocks
-
-Array = np.ndarray[Any, Any]
-
-VERSION, SOURCE, SETTINGS, PLAN, TENSORS = (
-    OWN_KEYS + name for name in ("version", "source", "settings", "plan_sha256", "tensors_sha256")
-)
-CARD = "README.md"
+from mlxquant.plan.gguf_plan import GGUFPlan, PlannedBlocks
 
 
 def to_gguf(
@@ -48,7 +35,7 @@ def to_gguf(
     """Writes `out`, or its parts of about `split_bytes` (0: one file); returns their paths, the first part first.
 
     Peak memory is a few row chunks, whatever the model's size. Killed at any point, the next call goes on from the
-    journal and ends in the same bytes. `metadata`: the whole file's keys, `file_metadata` made them. `beside`: small
+    journal and ends in the same bytes. `metadata`: the whole file's keys (gguf_job.py). `beside`: small
     files to appear in the same folder. Raises SourceError (bytes missing, NaN) and TargetError (see Workspace).
     """
     watch, beside = progress or Silent(), beside or {}
@@ -103,44 +90,3 @@ def _stream(
 def tensors_sha256(sums: Iterable[str]) -> str:
     """One hash for all tensors: of their own sha256, in the file's order."""
     return hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def checkpoint_metadata(
-    source: OpenSource, plan: GGUFPlan, sidecars: Mapping[str, bytes], vocabulary: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All keys of a file made from a checkpoint: convert_hf_to_gguf.py's, as llama-quantize leaves them, and ours.
-
-    `vocabulary`: the tokenizer.* keys. Raises SourceError and UnsupportedError.
-    """
-    name = Path(str(source.origin.get("name") or source.path.resolve().name)).name
-    shapes = {t.name: t.target.shape for t in plan.tensors}
-    file_type = plan.settings.file_type_id
-    keys = file_keys(source.config, {**sidecars, **_card(source.path)}, name, shapes, file_type) | dict(vocabulary)
-    return own_keys(quantized_keys(keys, file_type), plan, source.origin)
-
-
-def _card(folder: Path) -> dict[str, bytes]:
-    """The model card, which is not copied with the model: licence, languages and base model stand there."""
-    path = folder / CARD
-    return {CARD: read_small(path)} if path.is_file() else {}
-
-
-def own_keys(keys: Mapping[str, Any], plan: GGUFPlan, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """`keys` with what llama-quantize notes of an importance matrix and what `verify` needs; without `tensors_sha256`,
-    which the writer adds. Of the importance matrix's path, the name alone: people publish these files.
-    """
-    made = {key: value for key, value in keys.items() if not key.startswith(OWN_KEYS)}
-    if plan.imatrix:
-        made |= plan.imatrix.metadata() | {"quantize.imatrix.file": Path(plan.imatrix.file).name}
-    made |= {
-        VERSION: __version__,
-        SOURCE: json.dumps(origin, sort_keys=True),
-        SETTINGS: json.dumps(plan.settings_json(), sort_keys=True),
-        PLAN: plan.digest(),
-    }
-    return made
-
-
-def check_norms(source: OpenSource, plan: GGUFPlan) -> None:
-    """Raises SourceError where norms have been shifted before."""
-    refuse_shifted_norms(source, (t.target for t in plan.tensors))

@@ -180,6 +180,12 @@ def plan_checkpoint(
     not agree), PlanError and UsageError (what was asked cannot be done).
     """
     refuse_quantized_source(config)
+    if rounded and settings.quantized and not allow_requantize:
+        raise PlanError(
+            f"{_few(list(rounded))}: {next(iter(rounded.values()))} in the source, and quantizing them again adds a "
+            "second loss",
+            hint="start from the full-precision model, or add --allow-requantize",
+        )
     laid_out = gguf_layout(config, specs, tokens)
     keys = {"general.architecture": architecture(config)} | model_keys(config, settings.file_type_id)
     constants = rope_tensors(config)
