@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 
 from mlxquant.codecs.encode import decode, error_bound
 from mlxquant.codecs.floats import cast, fold, widen
-from mlxquant.codecs.spec import Codec, parse_codec
+from mlxquant.codecs.spec import KEEP, Codec, parse_codec
 from mlxquant.convert import sidecars
 from mlxquant.convert.gather import chunks, rows
 from mlxquant.convert.manifest import NAME, sha256
 from mlxquant.convert.sources import OpenSource
+from mlxquant.convert.taken_over import HasBlocks, block_rows, repack_named
 from mlxquant.errors import MlxquantError, SourceError
 from mlxquant.families.roles import Role
 from mlxquant.files.hf_folder import HFFolder
@@ -57,15 +59,19 @@ class Written:
 
     @property
     def stored(self) -> dict[str, tuple[str, Codec]]:
-        """How each weight is held: (dtype of what stays float, codec)."""
-        return {t["name"]: (t["dtype"], parse_codec(t["codec"])) for t in self.manifest["plan"]["tensors"]}
+        """How each weight was rounded: (dtype of what stays float, codec). Blocks that were taken over were not."""
+        return {
+            t["name"]: (t["dtype"], KEEP if "repacked_from" in t else parse_codec(t["codec"]))
+            for t in self.manifest["plan"]["tensors"]
+        }
 
     @property
     def settings(self) -> Settings:
         s = self.manifest["plan"]["settings"]
         wanted = {k: s[k] for k in ("bits", "group_size", "mode", "recipe")}
         dtype = DTYPES[s["dtype"]].label if s["dtype"] else None
-        return settings(**wanted, dtype=dtype, sets=tuple(f"{pattern}={codec}" for pattern, codec in s["sets"]))
+        sets = tuple(f"{pattern}={codec}" for pattern, codec in s["sets"])
+        return settings(**wanted, dtype=dtype, sets=sets, requantize=bool(s.get("requantize", False)))
 
 
 def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:
@@ -119,7 +125,7 @@ def check_folder(
     if source is None:
         yield check_norms(written, None)
         return
-    plan = make_plan(source.config, source.specs, written.settings)
+    plan = make_plan(source.config, source.specs, written.settings, source.quantized)
     same = plan.digest() == written.manifest["plan_sha256"]
     yield Check(
         "plan", same, "the source gives the same plan" if same else "the source gives another plan: not this source"
@@ -246,7 +252,11 @@ def check_weights(written: Written, source: OpenSource, plan: Plan, advance: Cal
 def compare(
     folder: HFFolder, source: OpenSource, tensor: PlannedTensor, advance: Callable[[int], None] | None
 ) -> tuple[float, str | None]:
-    """(NMSE, complaint or None) of one tensor; the NMSE's own bound follows from the per-group one that is asserted."""
+    """(NMSE, complaint or None) of one tensor; the NMSE's own bound follows from the per-group one that is asserted.
+    Blocks that were taken over are taken over again: that gives the same arrays or the folder is not what it says.
+    """
+    if tensor.repack:
+        return 0.0, compare_repacked(folder, typing.cast(HasBlocks, source), tensor, advance)
     squared_error = squared = 0.0
     for start, stop in chunks(tensor.target, COMPARE_BYTES):
         raw = rows(source, tensor.target, start, stop)
@@ -267,6 +277,19 @@ def compare(
         squared_error += float(np.square(error_OI, dtype=np.float64).sum())
         squared += float(np.square(w_OI, dtype=np.float64).sum())
     return (squared_error / squared if squared else 0.0), None
+
+
+def compare_repacked(
+    folder: HFFolder, source: HasBlocks, tensor: PlannedTensor, advance: Callable[[int], None] | None
+) -> str | None:
+    for start, stop in chunks(tensor.target, COMPARE_BYTES):
+        stored = [_stored_rows(folder, part, start, stop) for part in tensor.parts]
+        if advance:
+            advance(sum(a.nbytes for a in stored))
+        made = repack_named(tensor, block_rows(source, tensor, start, stop), start)
+        if not all(np.array_equal(a, b, equal_nan=False) for a, b in zip(made, stored, strict=True)):
+            return f"rows {start}..{stop} are not the source's {tensor.repack} blocks"
+    return None
 
 
 def _stored_rows(folder: HFFolder, part: TensorSpec, start: int, stop: int) -> np.ndarray[Any, Any]:

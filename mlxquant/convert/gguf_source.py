@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 from mlxquant.codecs.ggml import decode_rows
 from mlxquant.convert.gather import rows
 from mlxquant.convert.sources import header_hash
-from mlxquant.families.gguf import ROPE_FREQS, hf_config
+from mlxquant.errors import UnsupportedError
+from mlxquant.families.gguf import hf_config
+from mlxquant.families.gguf_table import ROPE_TENSORS
 from mlxquant.families.gguf_tensors import hf_tensors
 from mlxquant.files.gguf_file import GGUFFile
 from mlxquant.tensors import TensorSpec
@@ -21,6 +24,7 @@ Array = np.ndarray[Any, Any]
 # The dtype of what stays float. Block scales in GGUF are float16, and bfloat16 would round them as coarsely as an
 # 8-bit format does; values that do not fit are refused by name when they come.
 DTYPE = "float16"
+FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class Blocks:
@@ -37,40 +41,71 @@ class Blocks:
         return decode_rows(self._file.read_rows(name, start, stop), tensor.type_name, tensor.shape[-1])
 
 
+class RawBlocks(Blocks):
+    """The same tensors with their blocks as they are: rows of bytes."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        super().__init__(file)
+        self.specs = {n: TensorSpec(n, (*t.shape[:-1], t.row_bytes), "U8") for n, t in file.tensors.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        return self._file.read_rows(name, start, stop)
+
+
 class GGUFSource:
-    """Every tensor is handed out as float32, whatever its blocks are: decoded once, rounded once by the codec."""
+    """Every tensor is handed out as float32, whatever its blocks are: decoded once, rounded once by the codec.
+
+    `quantized`: the block type of each tensor that has one; its rows can be had as blocks too.
+    """
 
     def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
         self.path = path
         self._file = GGUFFile(path)
         self.weight_files: tuple[Path, ...] = self._file.parts
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        self._blocks = Blocks(self._file)
+        self._blocks, self._raw = Blocks(self._file), RawBlocks(self._file)
         self._targets = hf_tensors(self._file.metadata, shapes)
-        self.config: dict[str, Any] = hf_config(self._file.metadata, shapes, self._rope_freqs())
+        self.config: dict[str, Any] = hf_config(self._file.metadata, shapes, *self._rope())
         self.config["torch_dtype"] = DTYPE
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, target.shape, target.dtype) for name, target in self._targets.items()
+        }
+        self.quantized: Mapping[str, str] = {
+            name: type_name
+            for name, target in self._targets.items()
+            if (type_name := self._file.tensors[target.pieces[0].source].type_name) not in FLOATS
         }
         types = sorted({tensor.type_name for tensor in self._file.tensors.values()})
         self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})} | header_hash(self.specs)
 
     @property
     def front_bytes(self) -> int:
-        """How much of the file config and specs were read from: up to the first tensor, or the end of rope_freqs."""
+        """How much of the file config and specs were read from: up to the first tensor, or the end of rope factors."""
         tensors = self._file.tensors
-        if ROPE_FREQS in tensors:
-            return tensors[ROPE_FREQS].offset + tensors[ROPE_FREQS].nbytes
-        return min(tensor.offset for tensor in tensors.values())
+        factors = [tensors[name].offset + tensors[name].nbytes for name in ROPE_TENSORS if name in tensors]
+        return max(factors, default=min(tensor.offset for tensor in tensors.values()))
 
-    def _rope_freqs(self) -> list[float] | None:
-        if ROPE_FREQS not in self._file.tensors:
-            return None
-        return [float(x) for x in self._blocks.read_rows(ROPE_FREQS, 0, 1)[0]]
+    def _rope(self) -> tuple[list[float] | None, tuple[list[float], list[float]] | None]:
+        """Llama 3's rope factors and Phi-3's, long and short: tensors here, entries of config.json there."""
+        names = [name for name in ROPE_TENSORS if name in self._file.tensors]
+        found = {name: [float(x) for x in self._blocks.read_rows(name, 0, 1)[0]] for name in names}
+        freqs, long, short = (found.get(name) for name in ROPE_TENSORS)
+        return freqs, None if long is None or short is None else (long, short)
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
         """float32 (stop - start, width), rows, norms and experts as Hugging Face or MLX has them."""
         return rows(self._blocks, self._targets[name], start, stop)
+
+    def read_blocks(self, name: str, start: int, stop: int) -> Array:
+        """uint8 (stop - start, row_bytes): the same rows as they lie in the file.
+
+        Raises UnsupportedError for a tensor that is not made of whole rows of the file's.
+        """
+        target, tensor = self._targets[name], self._file.tensors[self._targets[name].pieces[0].source]
+        if target.change not in ("none", "halves"):
+            raise UnsupportedError(f"{name}: its blocks cannot be taken over", hint=f"use --set '{name}=keep'")
+        raw = replace(target, shape=(*target.shape[:-1], tensor.row_bytes), dtype="U8")
+        return rows(self._raw, raw, start, stop)
 
     def sidecars(self) -> dict[str, bytes]:
         from mlxquant.families.gguf_tokenizer import tokenizer_files

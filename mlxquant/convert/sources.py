@@ -19,10 +19,14 @@ Array = np.ndarray[Any, Any]
 
 
 class OpenSource(Source, Protocol):
-    """A Source with its small files and an account of where it came from."""
+    """A Source with its small files and an account of where it came from.
+
+    `quantized`: tensors that have been rounded before -> their format ('Q4_K', '4g64').
+    """
 
     origin: dict[str, Any]
     weight_files: tuple[Path, ...]
+    quantized: Mapping[str, str]
 
     def sidecars(self) -> dict[str, bytes]:
         """Tokenizer, template, generation config, licence: file name -> bytes."""
@@ -37,6 +41,7 @@ class FolderSource:
         self.path = path
         self.config: dict[str, Any] = self._folder.config
         self.specs: Mapping[str, TensorSpec] = self._folder.specs
+        self.quantized: Mapping[str, str] = {}
         self.weight_files = tuple(file.path for file in self._folder.files)
         self.origin = {"format": "safetensors", **(origin or {"name": path.resolve().name})} | header_hash(self.specs)
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.convert.streaming import Line, Progress, Silent, line
+from mlxquant.convert.taken_over import HasBlocks, block_rows, repack_named, row_bytes
 from mlxquant.errors import SourceError
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
@@ -64,6 +65,9 @@ def to_mlx(
 
 
 def source_bytes(tensor: PlannedTensor) -> int:
+    """As they come from the source: blocks, or floats."""
+    if tensor.repack:
+        return tensor.size // tensor.target.shape[-1] * row_bytes(tensor.repack, tensor.target.shape[-1])
     return tensor.size * DTYPES[tensor.target.dtype].itemsize
 
 
@@ -75,9 +79,11 @@ def stream(source: OpenSource, tensor: PlannedTensor, work: Workspace, watch: Pr
         for name, array in zip(parts, arrays, strict=True):
             work.write(name, array)
 
-    threads.run(
-        list(chunks(tensor.target)), partial(rows, source, tensor.target), partial(encode_named, tensor), put, watch
-    )
+    if tensor.repack:  # only plans for a GGUF file take blocks over, so its source has them
+        read, make = partial(block_rows, cast(HasBlocks, source), tensor), partial(repack_named, tensor)
+    else:
+        read, make = partial(rows, source, tensor.target), partial(encode_named, tensor)
+    threads.run(list(chunks(tensor.target)), read, make, put, watch)
     work.finish(tensor.name, parts)
 
 

@@ -28,6 +28,11 @@ def types(
     """
     if settings.recipe != REPACK:
         return {}
+    if not any(kind in REPACKED for kind in quantized.values()):
+        raise PlanError(
+            "--recipe repack: the source has no quantized GGUF blocks to take over",
+            hint="leave it out to quantize the source's float weights",
+        )
     found: dict[str, str] = {}
     for target in targets:
         types = {quantized.get(piece.source) for piece in target.pieces}
@@ -35,11 +40,6 @@ def types(
         asked = recipes.matching_set(target.name, settings.sets)
         if only in REPACKED and asked is None and mlx_lm_codec(shape.model_type, target) != KEEP:
             found[target.name] = str(only)
-    if not found:
-        raise PlanError(
-            "--recipe repack: the source has no quantized GGUF blocks to take over",
-            hint="leave it out to quantize the source's float weights",
-        )
     return found
 
 
@@ -69,7 +69,7 @@ def commonest(tensors: tuple[PlannedTensor, ...]) -> Codec:
     for t in tensors:
         if t.codec.quantized:
             sizes[t.codec] += t.size
-    return sizes.most_common(1)[0][0]
+    return sizes.most_common(1)[0][0] if sizes else KEEP
 
 
 def remarks(tensors: tuple[PlannedTensor, ...]) -> list[str]:

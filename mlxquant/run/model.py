@@ -15,13 +15,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxquant.errors import MlxquantError, SourceError, UnsupportedError, UsageError
 from mlxquant.families.mlx_config import mlx_config
 from mlxquant.files.hf_folder import HFFolder
 from mlxquant.machine import probe
 from mlxquant.units import format_bytes
+
+if TYPE_CHECKING:
+    from mlxquant.run.gguf import GGUFModel
 
 # Schemes of `quantization_config` that mlx-lm reads as what they are. It also takes GPTQ for AWQ (other
 # packing, wrong weights) and any packed compressed-tensors for 4 bit, group size 32; those are refused.
@@ -91,9 +94,15 @@ def load_model(
     on_cpu = mx.default_device().type == mx.cpu
     if expand == "on" and not on_cpu:
         raise UsageError("weights are expanded on a CPU device only", hint="add --device cpu, or leave --expand out")
-    loaded = _open_gguf(path) if path.suffix == ".gguf" and path.is_file() else _open_folder(path)
+    file: GGUFModel | None = None
+    if path.suffix == ".gguf" and path.is_file():
+        loaded, file = _open_gguf(path)
+    else:
+        loaded = _open_folder(path)
     if on_cpu:
         _expand(loaded, expand, memory_bytes)
+    if file and not loaded.expanded:
+        file.take_over()
     loaded.weight_bytes = sum(array.nbytes for array in _arrays(loaded.model))
     return loaded if lazy else loaded.materialize()
 
@@ -116,54 +125,21 @@ def _open_folder(path: Path) -> LoadedModel:
     return loaded
 
 
-def _open_gguf(path: Path) -> LoadedModel:
-    """Through the same source and layout that `convert` streams from. The skeleton holds zeros that nobody
-    evaluates.
-    """
-    import mlx.core as mx
-    from mlx_lm.utils import _get_classes
+def _open_gguf(path: Path) -> tuple[LoadedModel, GGUFModel]:
+    from mlxquant.convert.gguf_source import GGUFSource
+    from mlxquant.run.gguf import GGUFModel
 
-    from mlxquant.convert.sources import open_source
-    from mlxquant.families.mlx_layout import layout
-    from mlxquant.plan.plan import model_dtype, stored_dtype
-    from mlxquant.tensors import DTYPES
-
-    source = open_source(path)
-    targets = layout(source.config, source.specs).targets
-    dtype = model_dtype(source.config, targets)
-    # Decoded blocks come as float32; they are kept in what `convert` would write, or in float32 when expanded.
-    dtypes = {t.name: getattr(mx, DTYPES[stored_dtype(t, dtype)].label) for t in targets}
+    source = GGUFSource(path)
     try:
-        model_class, args_class = _get_classes(source.config)
-        model = model_class(args_class.from_dict(source.config))
-        zeros = [(t.name, mx.zeros(t.shape, dtype=dtypes[t.name])) for t in targets]
-        model.load_weights(zeros, strict=True)
+        opened = GGUFModel(source)
+    except MlxquantError:
+        raise
     except Exception as error:
         raise _explain(error, source.config, path) from error
-    model.eval()
-    loaded = LoadedModel(model, source.config, path, "gguf", "decoded from GGUF", 0)
-
-    def fill() -> None:
-        for target in targets:
-            array = gather(source, target)
-            array = array.astype(mx.float32 if loaded.expanded else dtypes[target.name])
-            mx.eval(array)
-            model.load_weights([(target.name, array)], strict=False)
-
-    loaded._fill = fill
-    return loaded
-
-
-def gather(source: Any, target: Any) -> Any:
-    """One whole target as an mlx array in the dtype it is stored in."""
-    import mlx.core as mx
-    import numpy as np
-
-    from mlxquant.convert.gather import chunks, rows
-
-    raw = np.concatenate([rows(source, target, start, stop) for start, stop in chunks(target)])
-    array = mx.array(raw.reshape(target.shape))
-    return array.view(mx.bfloat16) if target.dtype == "BF16" else array
+    types = ", ".join(sorted(set(source.quantized.values()))) or "not quantized"
+    loaded = LoadedModel(opened.model, source.config, path, "gguf", types, 0)
+    loaded._fill = lambda: opened.fill(loaded)
+    return loaded, opened
 
 
 def refuse(config: dict[str, Any], path: Path) -> None:

@@ -65,3 +65,38 @@ def test_truncated_file(pair, tmp_path):
     (tmp_path / "short.gguf").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(SourceError, match=r"short\.gguf"):
         load_model(tmp_path / "short.gguf")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """The same model as a GGUF file of Q4_0 tensors, whose codes MLX can hold as they are."""
+    root = tmp_path_factory.mktemp("quantized")
+    return write_gguf(make(root / "llama", "llama"), root / "model.gguf", "Q4_0")
+
+
+def test_blocks_are_taken_over_where_nothing_is_expanded(quantized):
+    """As on a Mac's GPU: packed weights, and the logits of the exactly decoded ones."""
+    packed, decoded = load_model(quantized, expand="off"), load_model(quantized)
+    layer = packed.model.model.layers[0].mlp.up_proj
+    assert (layer.bits, layer.group_size, layer.scales.dtype) == (4, 32, mx.float16)
+    assert packed.weight_bytes < decoded.weight_bytes / 4
+    tokens = mx.array([[5, 17, 300, 42]])
+    exact, ours = (np.array(m.model(tokens).astype(mx.float32)) for m in (decoded, packed))
+    assert np.abs(exact - ours).max() < 0.02 * np.abs(exact).max()  # float16 activations
+
+
+def test_taken_over_weights_are_the_decoded_ones(quantized):
+    from mlxquant.run.expand import expand_weights
+
+    packed, decoded = load_model(quantized, expand="off"), load_model(quantized)
+    expand_weights(packed.model)
+    tokens = mx.array([[5, 17, 300, 42]])
+    exact, ours = (np.array(m.model(tokens)) for m in (decoded, packed))
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-3 * np.abs(exact).max())  # norms rounded to float16
+
+
+def test_lazy_taking_over_reads_no_weight(quantized):
+    before = mx.get_active_memory()
+    loaded = load_model(quantized, expand="off", lazy=True)
+    assert loaded.quantization == "Q4_0"
+    assert mx.get_active_memory() - before < 10_000
