@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from mlxquant.errors import VerifyError
+from mlxquant.errors import UsageError, VerifyError
 
 # Below this share of same best tokens, what was written rightly is still hardly the same model.
 COARSE_TOP1 = 0.5
@@ -17,33 +18,34 @@ COARSE_TOP1 = 0.5
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--source", metavar="SRC", help="What OUT was made from: a folder, a .gguf file or a Hub id.")
 @click.option("--revision", help="Branch, tag or commit, when SRC is a Hub id.")
-@click.option("--no-logits", is_flag=True, help="Skip the run of both models on a short prompt.")
+@click.option("--no-logits", is_flag=True, help="Skip the run of both models on a short prompt (MLX folders).")
+@click.option("--imatrix", metavar="FILE", help="The importance matrix that OUT was made with (GGUF files, --source).")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
-def command(out: Path, source: str | None, revision: str | None, no_logits: bool, as_json: bool) -> None:
+def command(
+    out: Path, source: str | None, revision: str | None, no_logits: bool, imatrix: str | None, as_json: bool
+) -> None:
     """Prove that OUT is what its plan says, and that it still agrees with its source.
 
-    Without --source: specs, config, checksums, head, EOS. With it, also: every weight within its format's bound, norms,
-    tokenizer bytes, and the logits of both models on a short prompt. Exit code 1 when anything fails.
-    """
-    from mlxquant.cli.progress import ByteBar
-    from mlxquant.cli.resolve import resolve_source
-    from mlxquant.convert.checks import check_folder, open_written
-    from mlxquant.convert.sources import open_source
+    An MLX folder without --source: specs, config, checksums, head, EOS. With it, also: every weight within its
+    format's bound, norms, tokenizer bytes, and the logits of both models on a short prompt.
 
-    path, origin = resolve_source(source, revision) if source else (None, None)
-    opened = open_source(path, origin) if path else None
-    checks = []
-    total = sum(spec.nbytes for spec in open_written(out).folder.specs.values())
-    with ByteBar("Verifying", quiet=as_json) as bar:
-        bar.start(total * (2 if opened else 1), 0)
-        for check in check_folder(out, opened, bar.advance):
-            checks.append((check.name, check.ok, check.detail))
-            if not as_json:
-                draw(check.name, check.ok, check.detail)
-    if path and not no_logits and all(ok for _, ok, _ in checks):
-        checks.append(logits(path, out))
+    A GGUF file without --source: keys, types by llama.cpp's rules, checksums, finite numbers. With it, also: the same
+    plan, the same keys, tokenizer included, and every weight encoded anew to the same bytes.
+
+    Exit code 1 when anything fails.
+    """
+    is_gguf = out.suffix.lower() == ".gguf" and not out.is_dir()
+    if imatrix and not (is_gguf and source):
+        raise UsageError("--imatrix is for GGUF files with --source", hint="leave it out")
+    checks: list[tuple[str, bool, str]] = []
+    for check in (
+        gguf_checks(out, source, revision, imatrix, as_json)
+        if is_gguf
+        else folder_checks(out, source, revision, no_logits, as_json)
+    ):
+        checks.append(check)
         if not as_json:
-            draw(*checks[-1])
+            draw(*check)
     if as_json:
         click.echo(
             json.dumps(
@@ -52,9 +54,47 @@ def command(out: Path, source: str | None, revision: str | None, no_logits: bool
         )
     failed = [name for name, ok, _ in checks if not ok]
     if failed:
-        raise VerifyError(f"{out}: {', '.join(failed)} failed", hint="do not use this folder; convert again")
+        kind = "file" if is_gguf else "folder"
+        raise VerifyError(f"{out}: {', '.join(failed)} failed", hint=f"do not use this {kind}; convert again")
     if not as_json:
         click.echo(f"{out}: all {len(checks)} checks passed" + ("" if source else " (add --source to compare weights)"))
+
+
+def folder_checks(
+    out: Path, source: str | None, revision: str | None, no_logits: bool, quiet: bool
+) -> Iterator[tuple[str, bool, str]]:
+    from mlxquant.cli.progress import ByteBar
+    from mlxquant.cli.resolve import resolve_source
+    from mlxquant.convert.checks import check_folder, open_written
+    from mlxquant.convert.sources import open_source
+
+    path, origin = resolve_source(source, revision) if source else (None, None)
+    opened = open_source(path, origin) if path else None
+    total = sum(spec.nbytes for spec in open_written(out).folder.specs.values())
+    passed = True
+    with ByteBar("Verifying", quiet=quiet) as bar:
+        bar.start(total * (2 if opened else 1), 0)
+        for check in check_folder(out, opened, bar.advance):
+            passed = passed and check.ok
+            yield check.name, check.ok, check.detail
+    if path and not no_logits and passed:
+        yield logits(path, out)
+
+
+def gguf_checks(
+    out: Path, source: str | None, revision: str | None, imatrix: str | None, quiet: bool
+) -> Iterator[tuple[str, bool, str]]:
+    from mlxquant.cli.progress import ByteBar
+    from mlxquant.cli.resolve import resolve_source
+    from mlxquant.convert.gguf_checks import check_gguf, open_written_gguf
+    from mlxquant.files.imatrix import read_imatrix
+
+    path, origin = resolve_source(source, revision) if source else (None, None)
+    entries = read_imatrix(imatrix) if imatrix else None
+    with ByteBar("Verifying", quiet=quiet) as bar:
+        bar.start(open_written_gguf(out).nbytes * (2 if path else 1), 0)
+        for check in check_gguf(out, path, origin, imatrix=entries, advance=bar.advance):
+            yield check.name, check.ok, check.detail
 
 
 def draw(name: str, ok: bool, detail: str) -> None:

@@ -72,7 +72,7 @@ def _from_checkpoint(
     )
     refuse_shifted_norms(source, (t.target for t in plan.tensors))
     keys = checkpoint_keys(source, plan, sidecars) | vocabulary
-    metadata = own_keys(quantized_keys(keys, settings.file_type_id), plan, source.origin)
+    metadata = own_keys(quantized_keys(keys, settings.file_type_id), plan, source.origin, pre)
     return GGUFJob(CheckpointRows(source), plan, metadata, ends_of(source.config, sidecars).ids)
 
 
@@ -89,7 +89,9 @@ def _card(folder: Path) -> dict[str, bytes]:
     return {CARD: read_small(path)} if path.is_file() else {}
 
 
-def own_keys(keys: Mapping[str, Any], plan: GGUFPlan, origin: Mapping[str, Any]) -> dict[str, Any]:
+def own_keys(
+    keys: Mapping[str, Any], plan: GGUFPlan, origin: Mapping[str, Any], pre: str | None = None
+) -> dict[str, Any]:
     """`keys`, what llama-quantize notes of an importance matrix, and what `verify` needs.
 
     Of the importance matrix's path, the name alone: people publish these files.
@@ -100,7 +102,7 @@ def own_keys(keys: Mapping[str, Any], plan: GGUFPlan, origin: Mapping[str, Any])
     made |= {
         VERSION: __version__,
         SOURCE: json.dumps(origin, sort_keys=True),
-        SETTINGS: json.dumps(plan.settings_json(), sort_keys=True),
+        SETTINGS: json.dumps(plan.settings_json() | {"pre": pre}, sort_keys=True),
         PLAN: plan.digest(),
     }
     return made
