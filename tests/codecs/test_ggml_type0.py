@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxquant.codecs.ggml import block
-from mlxquant.codecs.ggml_type0 import ENCODERS, LANES
+from mlxquant.codecs.ggml_scales import LANES
+from mlxquant.codecs.ggml_type0 import ENCODERS
+from tests.codecs.ggml_rows import ggml_encode
 
 Array = np.ndarray[Any, Any]
 NONE = np.empty(0, np.float32)
@@ -29,11 +31,7 @@ def encode(name: str, rows: Array, importance: Array = NONE) -> Array:
 
 
 def ggml(name: str, rows: Array, importance: Array = NONE) -> Array:
-    libgguf = pytest.importorskip("libgguf")
-    kind = libgguf.GGMLQuantizationType[name]
-    rows = np.ascontiguousarray(rows, np.float32)
-    raw = libgguf.quantize_rows(rows, kind, imatrix=importance if importance.size else None)
-    return np.asarray(raw).reshape(len(rows), -1)
+    return ggml_encode(np.ascontiguousarray(rows, np.float32), name, importance if importance.size else None)
 
 
 def same(name: str, rows: Array, importance: Array = NONE) -> None:
@@ -55,6 +53,15 @@ def outliers(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 def steps(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
     """Few values: halves that round to even or away from zero, and tops that are there with both signs."""
     return rng.integers(-16, 17, size=shape) / 2
+
+
+def beside_halves(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
+    """Halves and their neighbours in float32; the top is 127, so that Q8_0 divides by 1."""
+    halves = (rng.integers(-20, 20, size=shape) + np.float32(0.5)).astype(np.float32)
+    rows = np.nextafter(halves, halves + rng.integers(-1, 2, shape).astype(np.float32))
+    rows[:, ::32] = 127
+    rows[1::2] /= 8
+    return rows
 
 
 def one_sign(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
@@ -93,6 +100,7 @@ ROWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
     "sorted": lambda rng, shape: np.sort(rng.normal(size=shape), 1),
     "one sign": one_sign,
     "steps": steps,
+    "beside halves": beside_halves,
     "mixed exponents": mixed,
     "groups apart": groups_apart,
     "groups of huge": lambda rng, shape: groups_apart(rng, shape) * 1e20,
