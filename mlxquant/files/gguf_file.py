@@ -23,6 +23,7 @@ from mlxquant.files.reading import InputFile, shown
 # What a header may hold. The largest real ones (262k tokens and as many merges) are 20 MB with 1.3M elements.
 HEADER_LIMIT_BYTES = 100_000_000
 ELEMENT_LIMIT = 4_000_000
+STRING_LIMIT_BYTES = 4_000_000  # chat templates take some 10 kB, and one odd letter makes Python keep four bytes each
 COUNT_LIMIT = 100_000
 DIMENSION_LIMIT = 2**32
 
@@ -285,6 +286,8 @@ class _Walk:
 
     def _string(self, what: str) -> str:
         (length,) = _U64.unpack(self._take(8, what))
+        if STRING_LIMIT_BYTES < length <= self._left:
+            raise self._wrong(f"{what} holds a text of {length} bytes, expected at most {STRING_LIMIT_BYTES}")
         try:
             return self._take(length, what).decode()
         except UnicodeDecodeError as exc:

@@ -59,4 +59,4 @@ def test_a_damaged_scale_is_refused_with_tensor_and_row(tmp_path: Path) -> None:
         file.seek(tensor.offset + 5 * tensor.row_bytes)
         file.write(b"\xff\xff")
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight: row 5: a scale that is NaN"):
-        to_mlx(source, plan, tmp_path / "again")
+        to_mlx(GGUFSource(source.path), plan, tmp_path / "again")
