@@ -44,7 +44,7 @@ def encode_rows(raw_OI: Array, source_code: str, type_name: str, importance_I: A
 
     Byte-equal to ggml_quantize_chunk of llama.cpp's x86-64 build (ggml/src/ggml-quants.c), with the importance
     matrix's row `importance_I` (float32, one a column) or without; Q8_0, TQ1_0, TQ2_0 and the floats take no notice
-    of it, as there. Numbers far too large for a type's float16 scale (about 4e6 in Q4_0) get an infinite one, as
+    of it, as there. Numbers too large for a type's float16 scale (from 5e5 on in Q4_0) get an infinite one, as
     there. Memory beyond the arrays themselves: about 1 MB a thread. Safe to call from several threads.
 
     Raises NonFiniteError for NaN and infinity, and in F16 and BF16 for what would round to infinity; UnsupportedError

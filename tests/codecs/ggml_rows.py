@@ -41,6 +41,7 @@ def kinds_of_rows(width: int, seed: int = 0) -> dict[str, np.ndarray]:
         "denormal": signs * 1.4e-45 * rng.integers(0, 100, shape),
         "larger denormal": signs * 1e-40 * uniform,
         "near ggml's zero": signs * 2e-15 * uniform,
+        "below ggml's zero": signs * 9e-16 * uniform,
         "beyond float16": signs * 6.5e6 * uniform,
         "1e12": signs * 1e12 * uniform,
         "1e19": signs * 1e19 * uniform,
