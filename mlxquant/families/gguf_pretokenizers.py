@@ -10,9 +10,12 @@ are letters or symbols to one and nothing to the other."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mlxquant.errors import UnsupportedError
+from mlxquant.errors import UnsupportedError, UsageError
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,115 @@ def pre_tokenizer(name: str) -> Pre:
             hint="give the model's Hugging Face folder instead: it has its own tokenizer.json",
         )
     return PRE_TOKENIZERS[name]
+
+
+# Names that llama.cpp knows (src/llama-vocab.cpp) and whose cuts we cannot rebuild as a tokenizer.json: `--pre` takes
+# them, and nothing else does.
+MORE_NAMES = frozenset((
+    "afmoe", "bloom", "chameleon", "cohere2moe", "deepseek-coder", "deepseek-llm", "exaone-moe", "f2llmv2", "falcon",
+    "gpt3-finnish", "granite-embed-multi-97m", "hy_v4", "jina-v5-nano", "kimi-k2", "laguna", "mellum2", "minicpm5",
+    "modern-bert", "poro-chat", "spark2_5", "superbpe", "talkie", "tiny_aya", "ufakzeka", "viking", "youtu",
+))  # fmt: skip
+
+# What a tokenizer.json says where llama.cpp's expression, and so ours, is spelled in another way.
+_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SPELLINGS = (
+    ("\r", r"\r"),
+    ("\n", r"\n"),
+    ("(?i:'s|'t|'re|'ve|'m|'ll|'d)", _CONTRACTION),
+    ("'(?i:[sdmt]|ll|ve|re)", _CONTRACTION),
+    (r"[^\r\n\p{L}\p{N}]?" + _CASED[0] + "*" + _CASED[1] + "+", _CAMEL_A),
+    (r"[^\r\n\p{L}\p{N}]?" + _CASED[0] + "+" + _CASED[1] + "*", _CAMEL_B),
+    (r"\p{N}{1}|", r"\p{N}|"),
+    # bailingmoe: possessive quantifiers, and \s* before one \n takes those before it; the cuts are the same.
+    (r"[^\r\n\p{L}\p{N}]?+\p{L}+", _WORD),
+    (r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|", _OTHER + r"|\s*[\r\n]+|"),
+)
+
+_NOTHING = {"type": "Sequence", "normalizers": []}
+
+
+def expressions_of(tokenizer_json: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a tokenizer.json with a byte-level BPE cuts text, as in `Pre.expressions`.
+
+    Raises UnsupportedError where llama.cpp has no such thing: steps of other kinds, normalizers other than NFC."""
+    if (normalizer := tokenizer_json.get("normalizer")) not in (None, {"type": "NFC"}, _NOTHING):
+        raise _unknown(f"normalizer {_shown(normalizer)}")
+    *splits, last = _steps(tokenizer_json.get("pre_tokenizer"))
+    expressions = tuple(_expression(step) for step in splits)
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) is not False:
+        raise _unknown(f"pre_tokenizer {_shown(last)}")
+    return (*expressions, _GPT2) if last.get("use_regex", True) else expressions
+
+
+def _steps(pre_tokenizer: Any) -> list[Mapping[str, Any]]:
+    """At least one step."""
+    sequence = isinstance(pre_tokenizer, Mapping) and pre_tokenizer.get("type") == "Sequence"
+    steps = pre_tokenizer.get("pretokenizers") if sequence else [pre_tokenizer]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, Mapping) for step in steps):
+        raise _unknown(f"pre_tokenizer {_shown(pre_tokenizer)}")
+    return steps
+
+
+def _expression(step: Mapping[str, Any]) -> str:
+    if step.get("type") == "Digits" and step.get("individual_digits") is True:
+        return _DIGIT
+    pattern = step.get("pattern")
+    expression = pattern.get("Regex") if isinstance(pattern, Mapping) else None
+    # To remove what does not match is to keep it all: with `invert` the pieces are what matches.
+    isolated = step.get("behavior") == "Isolated" or (step.get("behavior") == "Removed" and step.get("invert") is True)
+    if step.get("type") != "Split" or not isolated or not isinstance(expression, str):
+        raise _unknown(f"pre_tokenizer {_shown(step)}")
+    for theirs, ours in _SPELLINGS:
+        expression = expression.replace(theirs, ours)
+    return expression
+
+
+def name_of(
+    expressions: tuple[str, ...],
+    ignore_merges: bool = False,
+    adds_bos: bool = False,
+    model_type: str = "",
+    tokens: Sequence[str] = (),
+) -> str:
+    """The `tokenizer.ggml.pre` of a tokenizer.json that cuts text by `expressions`; `tokens`: its vocabulary.
+
+    Where several names cut alike, the one that convert_hf_to_gguf.py gives to the models we know: it goes by the ids
+    of a text (conversion/base.py, get_vocab_base_pre), so names tell vocabularies apart. Raises UnsupportedError
+    naming the expression that no name stands for."""
+    names = [name for name, pre in PRE_TOKENIZERS.items() if pre.expressions == expressions]
+    if not names:
+        known = {e for pre in PRE_TOKENIZERS.values() for e in pre.expressions}
+        strange = next((e for e in expressions if e not in known), None)
+        raise _unknown(f"expression {strange:.400}" if strange else f"order of expressions {expressions!r:.400}")
+    if expressions == (_LLAMA3,):
+        if adds_bos and ignore_merges:
+            return "llama-bpe"
+        return "smaug-bpe" if ignore_merges and model_type not in ("olmo2", "phi3") else "dbrx"
+    if expressions == (_DIGIT, _GPT2):
+        named = {"starcoder2": "starcoder", "cohere": "command-r"}.get(model_type, names[0])
+        return "refact" if named == names[0] and list(tokens[1:2]) == ["<fim_prefix>"] else named
+    return "deepseek-r1-qwen" if expressions == (_QWEN2,) and adds_bos else names[0]
+
+
+def check_name(name: str) -> str:
+    """Raises UsageError for a `--pre NAME` that llama.cpp would not load."""
+    if name not in PRE_TOKENIZERS and name not in MORE_NAMES:
+        raise UsageError(f"--pre {name[:60]!r} is no pre-tokenizer of llama.cpp", hint=f"it knows {_known()}")
+    return name
+
+
+def _known() -> str:
+    return ", ".join(sorted(PRE_TOKENIZERS.keys() | MORE_NAMES))
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= 400 else shown[:397] + "..."
+
+
+def _unknown(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"tokenizer.json: {what} is not one that llama.cpp is known to have a name for",
+        hint=f"if you know the name, give it with --pre NAME: {_known()}",
+    )
