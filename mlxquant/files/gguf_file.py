@@ -43,6 +43,7 @@ _BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.val
 # gguf_metadata_value_type of the scalars -> struct format, which numpy knows, too
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY, _UINT32 = 7, 8, 9, 4
+_FEW = 1000  # numbers that are lists for convenience; more stay numpy's, in as much room as they take in the file
 _U64 = struct.Struct("<Q")
 PARTS_LIMIT = 1000
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -267,7 +268,7 @@ class _Walk:
             return self._array(key)
         raise self._wrong(f"key {shown(key)} has value type {kind}, expected 0 to 12")
 
-    def _array(self, key: str) -> list[Any]:
+    def _array(self, key: str) -> Any:
         what = f"key {shown(key)}"
         kind, count = self._number("I", what), self._number("Q", what)
         if count > self._elements_left:
@@ -278,8 +279,9 @@ class _Walk:
             return [self._string(what) for _ in range(count)]
         if kind not in _SCALARS:
             raise self._wrong(f"{what} is an array of value type {kind}, expected numbers or strings")
-        form = _SCALARS[kind]
-        return list(struct.unpack(f"<{count}{form}", self._take(count * struct.calcsize(form), what)))
+        dtype = _dtype(kind)
+        numbers = np.frombuffer(self._take(count * dtype.itemsize, what), dtype)
+        return numbers.tolist() if kind == _BOOL or count <= _FEW else numbers
 
     def _number(self, form: str, what: str) -> Any:
         return struct.unpack(f"<{form}", self._take(struct.calcsize(form), what))[0]
