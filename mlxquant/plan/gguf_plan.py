@@ -179,7 +179,7 @@ def plan_checkpoint(
     quantized before. Raises UnsupportedError (unknown family or tensor), SourceError (config, headers or imatrix do
     not agree), PlanError and UsageError (what was asked cannot be done).
     """
-    refuse_quantized_source(config)
+    refuse_quantized_source(_without_mxfp4(config))
     if rounded and settings.quantized and not allow_requantize:
         raise PlanError(
             f"{_few(list(rounded))}: {next(iter(rounded.values()))} in the source, and quantizing them again adds a "
@@ -198,6 +198,14 @@ def plan_checkpoint(
     tensors = tuple(replace(t, values=values.get(t.name, ())) for t in plan.tensors)
     remarks = (*plan.remarks, *_checkpoint_remarks(laid_out, kept, rounded or {}))
     return replace(plan, tensors=tensors, dropped=laid_out.dropped, remarks=remarks, allow_requantize=allow_requantize)
+
+
+def _without_mxfp4(config: dict[str, Any]) -> dict[str, Any]:
+    """The one scheme of quantized checkpoints that GGUF has as well; the layout knows its tensors."""
+    scheme = config.get("quantization_config")
+    if isinstance(scheme, dict) and scheme.get("quant_method") == MXFP4.lower():
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
 
 
 def _checkpoint_remarks(laid_out: Layout, kept: Mapping[str, str], rounded: Mapping[str, str]) -> Iterable[str]:

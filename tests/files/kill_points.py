@@ -16,6 +16,7 @@ import random
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,9 @@ EVENTS = ("open", "os.", "shutil.", "fcntl.", "tempfile.")
 
 def convert(out: Path, how: str = "each") -> int:
     """The executor in small. Returns how many groups it took over."""
-    shards = assign(GROUPS, LIMIT)
+    shards = list(assign(GROUPS, LIMIT))
+    if OUTPUT != "folder":
+        shards[0] = replace(shards[0], seal=(9, 11))
     place: Place | Path = out if OUTPUT == "folder" else FilesPlace(out, NAMES)
     with Workspace.open(place, "digest", shards, force=how == "force", restart=how == "restart") as work:
         for group in GROUPS:
@@ -52,6 +55,7 @@ def convert(out: Path, how: str = "each") -> int:
             work.write_file(INDEX, index_json(shards))
         if OUTPUT == "folder":
             work.write_file("config.json", b'{"made": "anew"}')
+        work.seal(b"##")
         work.publish()
         return work.resumed
 
