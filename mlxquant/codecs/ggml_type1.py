@@ -23,12 +23,11 @@ from mlxquant.codecs.kernels import TILE, half_to_single, jit, single_to_half
 _BLOCK = 256  # weights of a K-quant's block
 _LANES = 16  # blocks whose scales and minima are shared out side by side
 _ROUNDS = 5  # of coordinate descent in _descend
-_ZERO, _ONE, _INF = np.float32(0), np.float32(1), np.float32(np.inf)
-_HALF, _TENTH = np.float32(0.5), np.float32(0.1)
+_ZERO, _ONE, _HALF, _TENTH = np.float32(0), np.float32(1), np.float32(0.5), np.float32(0.1)
 # Between 2**23 and 2**24 float32 has the integers and nothing else: there they stand in the lowest bits.
 _TWO_23 = np.float32(2.0**23)
-_EPS = np.float32(1e-15)  # GROUP_MAX_EPS: values whose largest is less count as zero
 _NO_LIMIT = np.int32(0x7FFFFFFF)
+_EPS = np.float32(1e-15)  # GROUP_MAX_EPS: values whose largest is less count as zero
 
 
 class _Trials(NamedTuple):
@@ -141,7 +140,7 @@ def _share(v_JL, w_JL, top, code_JL, scale):
 
 @jit
 def _try_scales(v_JL, w_JL, top, largest, iscale):
-    """The best of nine: top / largest first, whose codes have no upper limit but wrap at a byte."""
+    """The best of nine: top / largest first, whose codes are bytes without a limit, so that those below 0 wrap."""
     lanes = iscale.size
     f = np.empty((4, lanes), np.float32)
     best, new, back, error = f[0], f[1], f[2], f[3]
@@ -335,17 +334,23 @@ def _write_searched(x, top, found, size, out):
 def _write_plain(x, top, size, out):
     """quantize_row_q4_1_ref, quantize_row_q5_1_ref: from the least to the greatest weight of a block."""
     q, low, high = np.empty(TILE, np.uint8), np.empty(TILE // 2, np.float32), np.empty(TILE // 2, np.float32)
-    f, h = np.empty((2, TILE // 32), np.float32), np.empty((2, TILE // 32), np.uint16)
+    times, halves = np.empty(TILE // 32, np.float32), np.empty((2, TILE // 32), np.uint16)
     for first in range(0, x.size, TILE):
         tile = x[first : first + TILE]
         blocks = tile.size // 32
-        times, less, d, m = f[0, :blocks], f[1, :blocks], h[0, :blocks], h[1, :blocks]
+        d, m = halves[0, :blocks], halves[1, :blocks]
         _extremes(tile, low, high)
-        _steps(low[:blocks], high[:blocks], np.float32(top), times, less, d, m)
+        for s in range(blocks):
+            step = (high[s] - low[s]) / np.float32(top)
+            times[s] = _ONE / step
+            d[s] = _half(step)
+            m[s] = _half(low[s])
         for s in range(blocks):
             part, codes = tile[s * 32 :][:32], q[s * 32 :][:32]
-            factor, origin = times[s], less[s]
+            factor, origin = times[s], low[s]
             for i in range(32):
+                # Low bits instead of a cast: those of infinity and NaN are a code of 0, which x86's cast makes of them
+                # too where the range or `factor` overflows; LLVM's cast may make anything.
                 whole = np.floor((part[i] - origin) * factor + _HALF)
                 codes[i] = np.uint8(np.uint32(np.float32(whole + _TWO_23).view(np.uint32)))
         _write_1(q[: tile.size], d, m, size, out[first // 32 * size :])
@@ -353,7 +358,7 @@ def _write_plain(x, top, size, out):
 
 @jit
 def _extremes(x, low, high):
-    """Least and greatest of each 32, folded in pairs; where the least is a zero, it is the first zero."""
+    """Least and greatest of each 32, folded in pairs. Of equals the first stays: F16 keeps the sign of a zero."""
     n = x.size // 2
     for i in range(n):
         a, b = x[2 * i], x[2 * i + 1]
@@ -367,25 +372,6 @@ def _extremes(x, low, high):
         for i in range(n):
             a, b = high[2 * i], high[2 * i + 1]
             high[i] = b if b > a else a
-    for s in range(n):
-        i = s * 32
-        while low[s] == _ZERO and x[i] != _ZERO:
-            i += 1
-        low[s] = x[i] if low[s] == _ZERO else low[s]
-
-
-@jit
-def _steps(low, high, levels, times, less, d, m):
-    """What to multiply by, what to take off first, and the F16 bits of scale and minimum."""
-    for s in range(low.size):
-        step = (high[s] - low[s]) / levels
-        factor = _ONE / step
-        # A range or a 1 / step that overflows makes NaN or infinity of a code, which x86 casts to 0, LLVM to anything.
-        usable = (step < _INF) & (factor < _INF)
-        times[s] = factor if usable else _ZERO
-        less[s] = low[s] if usable else _ZERO
-        d[s] = _half(step)
-        m[s] = _half(low[s])
 
 
 def _encode_1(top: np.int32, size: int, x: Array, importance: Array, width: int, out: Array) -> None:

@@ -121,6 +121,16 @@ def test_the_bytes_are_ggml_s(name: str, width: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+def test_scales_below_zero(name: str) -> None:
+    """Where a weight or two of a group count, fits are rounding noise: scales are negative, their codes wrap."""
+    rng = np.random.default_rng(5)
+    for sign in (-1, 1):
+        rows = sign * np.abs(np.ldexp(rng.normal(size=(64, 4096)), rng.integers(-20, 20, (64, 4096))))
+        importance = np.exp(rng.normal(size=4096) * 8) * (rng.uniform(size=4096) < 0.06)
+        same(name, rows.astype(np.float32), importance.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 def test_rows_that_tiles_cut(name: str) -> None:
     """4096 weights are a tile: here rows begin and end inside tiles, and the last tile has a rest."""
     rng = np.random.default_rng(3)
