@@ -122,12 +122,18 @@ def test_the_bytes_are_ggml_s(name: str, width: int, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_scales_below_zero(name: str) -> None:
-    """Where a weight or two of a group count, fits are rounding noise: scales are negative, their codes wrap."""
+    """Where a weight or two of a group count, fits are rounding noise: scales are negative, their codes wrap.
+
+    Next to weights that hardly differ, one may be a million times the others, and its code garbage.
+    """
     rng = np.random.default_rng(5)
-    for sign in (-1, 1):
-        rows = sign * np.abs(np.ldexp(rng.normal(size=(64, 4096)), rng.integers(-20, 20, (64, 4096))))
-        importance = np.exp(rng.normal(size=4096) * 8) * (rng.uniform(size=4096) < 0.06)
-        same(name, rows.astype(np.float32), importance.astype(np.float32))
+    shape = (64, 4096)
+    apart = np.abs(np.ldexp(rng.normal(size=shape), rng.integers(-20, 20, shape)))
+    alike = 1 + np.abs(rng.normal(size=shape)) * 1e-6
+    for rows in (apart, -apart, -alike):
+        for share in (0.04, 0.06, 0.12):
+            importance = np.exp(rng.normal(size=4096) * 8) * (rng.uniform(size=4096) < share)
+            same(name, rows.astype(np.float32), importance.astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
