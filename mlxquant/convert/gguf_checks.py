@@ -79,6 +79,11 @@ def check_gguf(
     yield check_tensors(written, advance or (lambda nbytes: None))
     if source is None:
         return
+    with_imatrix = written.extra["imatrix_sha256"] is not None
+    if with_imatrix != (imatrix is not None):
+        how = "with an importance matrix: give it with --imatrix" if with_imatrix else "without an importance matrix"
+        yield Check("plan", False, f"the file was made {how}")
+        return
     job = open_job(
         source,
         origin,
@@ -157,13 +162,9 @@ def _finite(raw: np.ndarray[Any, Any], tensor: GGUFTensor) -> bool:
 
 
 def check_plan(written: WrittenGGUF, job: GGUFJob) -> Check:
-    if job.plan.digest() == written.file.metadata[PLAN]:
-        return Check("plan", True, "the source gives the same plan")
-    with_imatrix = written.extra["imatrix_sha256"] is not None
-    if with_imatrix != (job.plan.imatrix is not None):
-        needs = "was made with an importance matrix: give it with --imatrix" if with_imatrix else "was made without one"
-        return Check("plan", False, f"the file {needs}")
-    return Check("plan", False, "the source gives another plan: not this source, or another importance matrix")
+    same = job.plan.digest() == written.file.metadata[PLAN]
+    other = "the source gives another plan: not this source, or another importance matrix"
+    return Check("plan", same, "the source gives the same plan" if same else other)
 
 
 def check_metadata(written: WrittenGGUF, job: GGUFJob) -> Check:

@@ -253,10 +253,10 @@ def test_stopped_anywhere_it_goes_on_and_ends_in_the_same_bytes(folder, tmp_path
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "BF16"])
 def test_a_large_tensor_passes_in_chunks(request, tmp_path, type_name):
-    large = request.getfixturevalue("large")
-    made = job(large, type_name)
+    folder = request.getfixturevalue("large")
+    made = job(folder, type_name)
     assert traced_peak(lambda: to_gguf(made.rows, made.plan, made.metadata, tmp_path / "m.gguf")) < ALLOWED
-    assert traced_peak(lambda: list(check_gguf(tmp_path / "m.gguf", large))) < ALLOWED
+    assert traced_peak(lambda: list(check_gguf(tmp_path / "m.gguf", folder))) < ALLOWED
 
 
 # -- verify
