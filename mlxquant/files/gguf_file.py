@@ -143,8 +143,7 @@ def _other_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
     name = _SPLIT_NAME.fullmatch(path.name)
     if count > PARTS_LIMIT or name is None or int(name["count"]) != count:
         raise SourceError(
-            f"{path}: is one of {shown(count)} parts of a split model, expected a name like "
-            "MODEL-00001-of-00003.gguf",
+            f"{path}: is one of {shown(count)} parts of a split model, expected a name like MODEL-00001-of-00003.gguf",
             hint="give the parts their names back",
         )
     others = [path.with_name(f"{name['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(2, count + 1)]
