@@ -28,6 +28,14 @@ _NAMES = (
 _TYPES = {name: GGMLQuantizationType[name] for name in _NAMES if name in GGMLQuantizationType.__members__}
 
 
+# Where a block's float16 scales stand, in bytes (ggml/src/ggml-common.h).
+_SCALES = {
+    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **{"IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,)},
+}
+
+
 def known_types() -> tuple[str, ...]:
     """The type names `block` and `decode_rows` take."""
     return tuple(_TYPES)
@@ -62,6 +70,19 @@ def encode_rows(raw_OI: Array, source_code: str, type_name: str, importance_I: A
     from mlxquant.codecs.ggml_encode import encode
 
     return encode(raw_OI, source_code, type_name, importance, width // elements * size)
+
+
+def row_without_scale(raw: Array, type_name: str) -> int:
+    """The first of the rows (O, row_bytes) uint8 with a scale that is infinite or NaN, which no reader survives; or -1.
+
+    llama-quantize refuses such rows, too (ggml_validate_row_data).
+    """
+    for at in _SCALES.get(type_name, ()):
+        halves = raw.reshape(len(raw), -1, block(type_name)[1])[:, :, at : at + 2].view(np.uint16)
+        bad = ((halves & 0x7C00) == 0x7C00).any(axis=(1, 2))
+        if bad.any():
+            return int(np.argmax(bad))
+    return -1
 
 
 def _importance(importance_I: Array | None, width: int) -> Array:

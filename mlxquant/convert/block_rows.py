@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlxquant.codecs.ggml import decode_rows, encode_rows
+from mlxquant.codecs.ggml import decode_rows, encode_rows, row_without_scale
 from mlxquant.convert.gather import mxfp4_rows, rows, wide_rows
 from mlxquant.convert.sources import OpenSource
 from mlxquant.errors import SourceError
@@ -122,9 +122,15 @@ def _encode(tensor: PlannedBlocks, raw: Array, code: str, importance_I: Array | 
     from mlxquant.codecs.floats import NonFiniteError
 
     try:
-        return encode_rows(raw, code, tensor.type_name, importance_I)
+        blocks = encode_rows(raw, code, tensor.type_name, importance_I)
     except NonFiniteError as error:
         raise SourceError(
             f"{tensor.name}: row {start + error.row}: {error.reason}",
             hint="download the file again; if a value is only too large for F16, use --type BF16 or F32",
         ) from error
+    if (row := row_without_scale(blocks, tensor.type_name)) >= 0:
+        raise SourceError(
+            f"{tensor.name}: row {start + row}: weights too large for the float16 scales of {tensor.type_name}",
+            hint=f"download the file again, or keep the tensor: --tensor-type '{tensor.name}=BF16'",
+        )
+    return blocks

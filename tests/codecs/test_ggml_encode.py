@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from mlxquant.codecs import blocks
 from mlxquant.codecs.floats import NonFiniteError, narrow, widen
-from mlxquant.codecs.ggml import ENCODED, block, decode_rows, encode_rows
+from mlxquant.codecs.ggml import ENCODED, block, decode_rows, encode_rows, row_without_scale
 from mlxquant.errors import UnsupportedError
 from mlxquant.files.gguf_file import GGUFFile
 from tests.codecs.ggml_rows import (
@@ -244,3 +244,12 @@ def test_rows_of_a_real_model(type_name: str) -> None:
 if __name__ == "__main__":
     command = "python -m tests.codecs.test_ggml_encode"
     HASHES.write_text(json.dumps({"command": command, "source": "libgguf", "sha256": hashes()}, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("type_name", [name for name in ENCODED if name not in ("F32", "F16", "BF16")])
+def test_a_scale_that_overflows_is_found(type_name: str) -> None:
+    """llama-quantize refuses the row; its bytes are ggml's all the same."""
+    w_OI = np.full((5, 256), 0.5, np.float32)
+    assert row_without_scale(encode_rows(w_OI, "F32", type_name), type_name) == -1
+    w_OI[3, 64:128] = np.linspace(3e9, 1e10, 64)  # at 1e30 some give finite garbage, as in ggml
+    assert row_without_scale(encode_rows(w_OI, "F32", type_name), type_name) == 3

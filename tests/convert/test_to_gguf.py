@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlxquant.convert.gguf_checks import check_gguf
 from mlxquant.convert.gguf_job import PLAN, SETTINGS, SOURCE, TENSORS, VERSION, GGUFJob, open_job
@@ -371,3 +372,14 @@ def test_settings_stand_in_the_file(folder, tmp_path):
     assert (found["output_tensor_type"], found["pre"]) == ("F16", None)
     assert json.loads(keys[SOURCE])["name"] == "tiny"
     assert replace(wanted) == wanted
+
+
+def test_weights_that_overflow_a_float16_scale_are_refused_by_name(tmp_path: Path) -> None:
+    """llama-quantize stops there as well, after the file is written; stored, they would decode to NaN."""
+    folder = make(tmp_path / "source", width=256, dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, :32] = 1e10
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"blk\.1\.ffn_up\.weight: row 7: weights too large for the float16 scales"):
+        write(folder, tmp_path / "x.gguf", "Q4_K_M")
+    assert not (tmp_path / "x.gguf").exists()
