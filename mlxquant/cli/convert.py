@@ -25,9 +25,10 @@ from mlxquant.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
     from mlxquant.convert.sources import OpenSource
-    from mlxquant.plan.plan import Plan
+    from mlxquant.plan.plan import Plan, PlannedTensor
 
 MLX, GGUF = "For an MLX folder", "For a GGUF file"
+COST = ("from", "NMSE", "added", "bpw")  # columns of a repacked file's plan
 
 
 @dataclass(frozen=True)
@@ -255,9 +256,13 @@ def resolve_headers(
         front, _, _ = read_front(source, revision, GGUFSource, lambda found: found.front_bytes)
         return front.config, front.specs, front.quantized
     from mlxquant.hub.headers import remote_specs
+    from mlxquant.plan.packed import as_floats
 
     remote = remote_specs(source, revision)
-    return remote.config, remote.specs, {}
+    if not isinstance(remote.config.get("quantization"), dict):
+        return remote.config, remote.specs, {}
+    config, specs, packed = as_floats(remote.config, remote.specs)
+    return config, specs, {name: weight.format for name, weight in packed.items()}
 
 
 def run(opened: OpenSource, plan: Plan, out: Path, wish: Wish) -> None:
@@ -318,15 +323,25 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json()))
         return
-    rows = [("tensor", "role", "shape", "codec", "bytes")]
+    rows = [("tensor", "role", "shape", "codec", *(COST if plan.settings.recipe == REPACK else ()), "bytes")]
     for t in plan.tensors:
         codec = t.codec.label if t.codec.quantized else t.dtype.lower()
-        rows.append((t.name, t.role.value, "x".join(map(str, t.target.shape)), codec, f"{t.nbytes:,}"))
+        cost = repack_cost(t) if plan.settings.recipe == REPACK else ()
+        rows.append((t.name, t.role.value, "x".join(map(str, t.target.shape)), codec, *cost, f"{t.nbytes:,}"))
     sums = [("role", "bytes", "share")]
     sums += [(role, f"{count:,}", f"{count / plan.nbytes:.1%}") for role, count in plan.bytes_by_role().items()]
     print_columns(rows)
     print_columns([*sums, ("total", f"{plan.nbytes:,}", "100.0%")], numbers=2)
     print_summary(plan)
+
+
+def repack_cost(tensor: PlannedTensor) -> tuple[str, ...]:
+    """What the file's own format costs on Gaussian weights, what taking it over adds, and how large that is."""
+    bpw = f"{8 * tensor.nbytes / tensor.size:.2f}"
+    if tensor.repack is None:
+        return "", "", "", bpw
+    known = REPACKED[tensor.repack]
+    return tensor.repack, f"{known.own:.1e}", f"{known.extra:.0e}" if known.extra else "0", bpw
 
 
 def print_columns(rows: Sequence[Sequence[str]], numbers: int = 1) -> None:

@@ -36,6 +36,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+CARD = "README.md"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 
@@ -90,6 +91,24 @@ def shards(repo_id: str, names: Iterable[str], index: Any) -> list[str]:
         return _indexed(repo_id, set(names), index)
     main = [n for n in root if not n.startswith("consolidated")]
     return [n for n in main if n.startswith("model")] or main or root
+
+
+def split_parts(repo_id: str, file: str, names: Iterable[str]) -> list[str]:
+    """All files of a split GGUF model of which `file` is one, by llama.cpp's naming; else `file` alone.
+
+    Raises HubError when a part is not in the repo.
+    """
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file)
+    if match is None:
+        return [file]
+    count = int(match[2])
+    here = [name for name in sorted(names) if re.fullmatch(rf"{re.escape(match[1])}-\d{{5}}-of-{match[2]}\.gguf", name)]
+    if len(here) != count:
+        raise HubError(
+            f"{repo_id}/{file} is one of {count} parts, and the repo holds {len(here)}",
+            hint="the upload is incomplete: try another revision or file",
+        )
+    return here
 
 
 def _indexed(repo_id: str, names: set[str], index: Any) -> list[str]:

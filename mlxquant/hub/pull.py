@@ -17,7 +17,7 @@ from typing import Any
 from mlxquant.errors import HubError, UsageError
 from mlxquant.hub.failures import MAKE_ROOM, told_as_hub_errors
 from mlxquant.hub.listing import Listing, RemoteFile, cache_folder, list_files, quiet_client, weight_files
-from mlxquant.hub.names import INDEX, SINGLE, HubId, companions, no_weights, parse_id
+from mlxquant.hub.names import CARD, INDEX, SINGLE, HubId, companions, no_weights, parse_id, split_parts
 from mlxquant.units import format_bytes
 
 Progress = Callable[[int, int], None]  # bytes that are here, bytes of all wanted files; may come from any thread
@@ -64,10 +64,11 @@ def _choose(hub_id: HubId, listing: Listing) -> list[str]:
     if hub_id.file is None:
         weights = weight_files(listing)
         index = [INDEX] if INDEX in listing.files and weights != [SINGLE] else []
-        return companions(listing.files) + index + weights
+        card = [CARD] if CARD in listing.files else []  # its licence and languages go into GGUF files
+        return companions(listing.files) + card + index + weights
     if hub_id.file not in listing.files:
         raise no_weights(hub_id.repo_id, listing.files)
-    return [hub_id.file]
+    return split_parts(hub_id.repo_id, hub_id.file, listing.files)
 
 
 def _check_space(repo_id: str, missing: Iterable[RemoteFile]) -> None:

@@ -104,6 +104,7 @@ class Plan:
                     "codec": t.codec.label,
                     "dtype": DTYPES[t.dtype].label,
                     "bytes": t.nbytes,
+                    "bpw": round(8 * t.nbytes / t.size, 4) if t.size else 0.0,
                 }
                 | repacking.to_json(t.repack)
                 for t in self.tensors

@@ -80,6 +80,15 @@ def test_a_dry_run_of_a_hub_id_downloads_no_weights(folder, fake_hub: FakeHub, t
     assert fake_hub.served() < (folder / "model.safetensors").stat().st_size / 4
 
 
+def test_a_quantized_mlx_folder_on_the_hub(folder, reference, fake_hub: FakeHub, tmp_path):
+    """Its headers tell that it is quantized: refused in a dry run as in earnest, planned when that is allowed."""
+    fake_hub.add("org/mlx", reference)
+    refused(mlxquant("convert", "org/mlx", "--dry-run"), "would add a second loss")
+    refused(mlxquant("convert", "org/mlx", "-o", tmp_path / "out"), "would add a second loss")
+    local = json.loads(mlxquant("convert", reference, "--dry-run", "--json", "--allow-requantize").out)
+    assert json.loads(mlxquant("convert", "org/mlx", "--dry-run", "--json", "--allow-requantize").out) == local
+
+
 def test_a_gguf_file_on_the_hub(folder, fake_hub: FakeHub, tmp_path):
     repo = tmp_path / "repo"
     repo.mkdir()

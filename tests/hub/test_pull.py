@@ -33,13 +33,12 @@ def test_only_what_is_needed_is_downloaded(fake_hub: FakeHub, tmp_path: Path):
     for name in (
         "modeling_evil.py",
         "pytorch_model.bin",
-        "README.md",
         "onnx/model.onnx",
         "consolidated.safetensors",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x" * 10_000)
-    wanted = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "LICENSE"}
+    wanted = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", "LICENSE", "README.md"}
     wanted.add("additional_chat_templates/tools.jinja")
     for name in wanted - files_in(folder):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -114,6 +113,20 @@ def test_one_gguf_file(fake_hub: FakeHub, tmp_path: Path):
     assert pulled.path.read_bytes() == b"GGUF" * 100
     assert fake_hub.served("Q8") == 0
     assert "a-Q4.gguf" in fails("org/model/none.gguf").message
+
+
+def test_all_parts_of_a_split_gguf(fake_hub: FakeHub, tmp_path: Path):
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    parts = [f"model-Q8_0-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    for name in (*parts, "model-Q4_0-00001-of-00002.gguf", "model-F16.gguf"):
+        (folder / name).write_bytes(name.encode())
+    fake_hub.add("org/split", folder)
+    pulled = pull(f"org/split/{parts[0]}")
+    assert pulled.path.name == parts[0]
+    assert files_in(pulled.path.parent) == set(parts)
+    assert "one of 2 parts, and the repo holds 1" in fails("org/split/model-Q4_0-00001-of-00002.gguf").message
+
 
 
 @pytest.mark.parametrize("text", ["model", "org/model/config.json", "../up/x.gguf", "org/model/../../x.gguf", "a--b/c"])
