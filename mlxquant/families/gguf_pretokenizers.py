@@ -57,7 +57,7 @@ _SEED = _any(_CONTRACTION, _WORD, _DIGIT, r" ?[^\s\p{L}\p{N}\r\n]+", _LINES)
 _TEKKEN = _any(_CAMEL_A, _CAMEL_B, _DIGIT, _OTHER_SLASH, _LINES)
 _GPT4O = _any(f"{_CAMEL_A}{_CONTRACTION}?", f"{_CAMEL_B}{_CONTRACTION}?", r"\p{N}{1,3}", _OTHER_SLASH, _LINES)
 _DEEPSEEK3 = _any(
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
+    '[!"' + r"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
     r" ?[\p{P}\p{S}]+[\r\n]*",
     _LINES,

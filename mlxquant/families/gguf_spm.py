@@ -64,7 +64,7 @@ def pieces_arrays(files: Sidecars, size: int | None, phi3: bool = False) -> dict
     return table.arrays()
 
 
-def json_arrays(files: Sidecars, size: int | None) -> dict[str, Any]:
+def json_arrays(files: Sidecars, size: int | None, phi3: bool = False) -> dict[str, Any]:
     """The same three from tokenizer.json alone, whose merges are in the order of scores.
 
     Exactly what its tokenizer.model and tokenizer_config.json give for a vocabulary that SentencePiece trained: it
@@ -75,14 +75,16 @@ def json_arrays(files: Sidecars, size: int | None) -> dict[str, Any]:
     added = files.added(vocab, size or len(vocab) + len(files.listed()))
     by_id = vocabulary(vocab, added, size)
     table = _Table(size or max(by_id, default=-1) + 1)
-    normal = [i for i, text in sorted(by_id.items()) if text not in added and not _BYTE.fullmatch(text)]
+    special = {i: text for i, text in by_id.items() if text in added or _BYTE.fullmatch(text)}
+    padding = {i for i, text in by_id.items() if text == f"[PAD{i}]"}  # in a file that was made of a GGUF
+    normal = sorted(by_id.keys() - special.keys() - padding)
     scores = _scores([by_id[i] for i in normal], files.merges())
     for i, score in zip(normal, scores, strict=True):
         table.put(i, by_id[i], score, Kind.NORMAL)
-    for i, text in by_id.items():
+    for i, text in special.items():
         if text in added:
-            table.add(added[text])
-        elif _BYTE.fullmatch(text):
+            table.add(added[text], as_is=phi3)
+        else:
             table.put(i, text, 0.0, Kind.BYTE)
     return table.arrays()
 

@@ -67,6 +67,9 @@ class Vocabulary:
         self.pad: int | None = ids.get("pad_token_id")
         key = "tokenizer.ggml.unknown_token_id"
         self.unknown: int | None = meta.integer(key, 0) if key in meta or self.model == "llama" else None
+        # llama.cpp goes by the name of the model, too, in src/llama-vocab.cpp.
+        name = meta.text("general.name", "").lower()
+        self.strips = "phi-3" in name or "phi3" in name
         for name, i in (("unknown", self.unknown), ("bos", self.bos), ("eos", self.eos)):
             if i is not None and i >= len(self.tokens):
                 raise SourceError(f"GGUF: {name} token {i}, expected less than the {len(self.tokens)} tokens")
@@ -84,6 +87,10 @@ class Vocabulary:
 
     def special(self, i: int) -> bool:
         return self.kinds[i] in (Kind.CONTROL, Kind.UNKNOWN)
+
+    def strips_after(self, i: int) -> bool:
+        """Whether spaces behind an added token belong to it, as in Phi-3's own tokenizer."""
+        return self.strips and self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")
 
     def added(self, i: int) -> bool:
         """Whether the token is looked for in raw text, before any merge."""
@@ -212,7 +219,7 @@ def _add_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:
         if vocabulary.added(i):
             special = vocabulary.special(i)
             add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
-            add([AddedToken(token, special=special, normalized=False)])
+            add([AddedToken(token, special=special, normalized=False, rstrip=vocabulary.strips_after(i))])
 
 
 def _around(tokenizer: Any, vocabulary: Vocabulary, add_bos: bool, add_eos: bool) -> None:

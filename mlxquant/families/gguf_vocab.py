@@ -52,7 +52,7 @@ def vocabulary_keys(config: Mapping[str, Any], sidecars: Mapping[str, bytes], pr
     elif pre is not None:
         raise UsageError("--pre is for a byte-level BPE, and this tokenizer is SentencePiece", hint="leave --pre out")
     else:
-        arrays = pieces_arrays(files, size, family == "phi3") if kind == "pieces" else json_arrays(files, size)
+        arrays = (pieces_arrays if kind == "pieces" else json_arrays)(files, size, family == "phi3")
     count = len(arrays["tokens"])
     special = special_keys(files, config, count)
     keys: dict[str, Any] = {}

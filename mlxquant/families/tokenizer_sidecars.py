@@ -66,15 +66,18 @@ class Sidecars:
         """added_tokens.json, in its order: token -> id."""
         return {string(text, ADDED, "a token"): token_id(i, ADDED, repr(text)) for text, i in self.json(ADDED).items()}
 
-    def named(self) -> list[str]:
-        """The tokens that a file calls by a role, such as eos_token: transformers makes them special."""
+    def named(self) -> tuple[list[str], list[str]]:
+        """The tokens that a file calls by a role, such as eos_token, and those it only lists as special."""
         config = dict(self.config)
         if "added_tokens_decoder" not in config:
             config |= self.json(SPECIAL_MAP)
-        roles = [_text_of(value) for key, value in config.items() if key.endswith("_token")]
+        roles = [value for key, value in config.items() if key.endswith("_token")]
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        more = list(more.values()) if isinstance(more, Mapping) else sequence(more, CONFIG, "extra_special_tokens")
-        return [text for text in (*roles, *map(_text_of, more)) if text]
+        if isinstance(more, Mapping):
+            roles, more = [*roles, *more.values()], []
+        texts = (map(_text_of, values) for values in (roles, sequence(more, CONFIG, "extra_special_tokens")))
+        named, listed = ([text for text in part if text] for part in texts)
+        return named, listed
 
     def added(self, vocab: Mapping[str, int], size: int) -> dict[str, AddedToken]:
         """Every added token of a tokenizer.json whose model has `vocab`, as transformers has them once it is loaded.
@@ -86,11 +89,17 @@ class Sidecars:
         if "added_tokens_decoder" not in self.config:
             taken = {token.id for token in found.values()}
             declared = [AddedToken(i, text, False, True) for text, i in self.legacy().items() if i not in taken]
-        named = [AddedToken(0, text, True, False) for text in self.named()]
-        for token in (*declared, *named):
+        for token in declared:
             i = found[token.text].id if token.text in found else vocab.get(token.text, behind)
             if i < size:
                 found[token.text] = replace(token, id=i)
+                behind = max(behind, i + 1)
+        named, others = self.named()
+        for text in (*named, *others):
+            if text in found:
+                found[text] = replace(found[text], special=found[text].special or text in named)
+            elif (i := vocab.get(text, behind)) < size:
+                found[text] = AddedToken(i, text, special=True, normalized=False)
                 behind = max(behind, i + 1)
         return found
 

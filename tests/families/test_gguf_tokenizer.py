@@ -182,6 +182,18 @@ def test_the_files_say_what_the_keys_say(bpe_folder: Path, tmp_path: Path) -> No
     }
 
 
+def test_phi_3_takes_spaces_behind_its_added_tokens(spm: dict[str, Any], tmp_path: Path) -> None:
+    """llama.cpp goes by the name of the model."""
+    texts = ["a<pad>  b</s>   c", "<s>  x<unk>  y<|endoftext|>  z", "<b>   z"]
+    keys = spm | {"tokens": [*spm["tokens"][:-4], "<pad>", "<a>", "<b>", "<|endoftext|>"]}
+    keys["tokenizer__ggml__token_type"] = [*spm["tokenizer__ggml__token_type"][:-1], CONTROL]
+    named = write_vocabulary(tmp_path / "phi.gguf", **keys, general__name="Phi 3 Mini")
+    assert_same_ids(named, texts)
+    stripping = write_vocabulary(tmp_path / "phi3.gguf", **keys, general__name="Phi-3 Mini")
+    assert_same_ids(stripping, texts)
+    assert rebuilt(stripping).encode(texts[0]).ids != rebuilt(named).encode(texts[0]).ids
+
+
 def test_a_padding_token_that_is_text_stays_text(bpe_folder: Path, tmp_path: Path) -> None:
     """Some files pad with '!'; transformers would cut every text at it."""
     file = write_gguf(bpe_folder, tmp_path / "a.gguf", tokenizer__ggml__padding_token_id=3)
