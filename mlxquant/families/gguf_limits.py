@@ -109,6 +109,13 @@ def _swiglu(hparams: Hparams) -> Iterator[str]:
         yield _differs("swiglu_limit", found, "7")
 
 
+def _delta_net(hparams: Hparams) -> Iterator[str]:
+    """llama.cpp reads one width for both, and does not load the file."""
+    key = hparams.values.get("linear_key_head_dim")
+    if (found := hparams.values.get("linear_value_head_dim")) != key:
+        yield _differs("linear_value_head_dim", found, f"linear_key_head_dim, {key}")
+
+
 _CHECKS: dict[str, tuple[Callable[[Hparams], Iterator[str]], ...]] = {
     "smollm3": (_no_rope_layers,),
     "gemma2": (_query_scale(46), _layer_types(2, 2)),
@@ -116,5 +123,5 @@ _CHECKS: dict[str, tuple[Callable[[Hparams], Iterator[str]], ...]] = {
     "gpt-oss": (_layer_types(2, 2), _swiglu),
     "qwen2moe": (_top_k_norm(False),),
     "qwen3moe": (_top_k_norm(True),),
-    "qwen3next": (_top_k_norm(True),),
+    "qwen3next": (_top_k_norm(True), _delta_net),
 }

@@ -14,6 +14,7 @@ import numpy as np
 from mlxquant.codecs.ggml import ENCODED, known_types
 from mlxquant.errors import PlanError, SourceError
 from mlxquant.families.gguf_keys import architecture, model_keys, quantized_keys
+from mlxquant.families.gguf_limits import unsaid
 from mlxquant.families.gguf_rope import rope_tensors
 from mlxquant.families.gguf_tensors import gguf_layout
 from mlxquant.families.layout import Layout, Piece, Target
@@ -196,7 +197,7 @@ def plan_checkpoint(
     plan = _planned(targets, keys, settings, source_types, kept, imatrix)
     values = {name: tuple(array.tolist()) for name, array in constants.items()}
     tensors = tuple(replace(t, values=values.get(t.name, ())) for t in plan.tensors)
-    remarks = (*plan.remarks, *_checkpoint_remarks(laid_out, kept, rounded or {}))
+    remarks = (*unsaid(config), *plan.remarks, *_checkpoint_remarks(laid_out, kept, rounded or {}))
     return replace(plan, tensors=tensors, dropped=laid_out.dropped, remarks=remarks, allow_requantize=allow_requantize)
 
 

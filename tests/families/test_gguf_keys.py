@@ -209,6 +209,7 @@ def test_published_models_lose_nothing(family: str) -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 512}, ["sliding_window is 512"]),
         ("qwen2_moe", {"norm_topk_prob": True}, ["norm_topk_prob is True"]),
         ("qwen3_moe", {"norm_topk_prob": False}, ["norm_topk_prob is False"]),
+        ("qwen3_next", {"linear_value_head_dim": 64}, ["linear_value_head_dim is 64"]),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, ["no_rope_layers is"]),
         ("gpt_oss", {"swiglu_limit": 5.0}, ["swiglu_limit is 5.0"]),
         ("gpt_oss", {"layer_types": ["full_attention"] * 24}, ["layer_types is"]),

@@ -86,6 +86,12 @@ def test_rope_factors_come_with_their_values(folder):
     assert plan.digest() != from_folder(folder).digest()
 
 
+def test_what_the_file_cannot_say_is_a_remark(folder):
+    opened = HFFolder(folder)
+    plan = plan_checkpoint(opened.config | {"hidden_act": "relu"}, opened.specs, type_settings("Q8_0"))
+    assert plan.remarks[0] == "hidden_act is 'relu', which GGUF cannot say: llama.cpp takes silu"
+
+
 def test_mxfp4_checkpoints_stay_mxfp4_unless_asked(tmp_path):
     opened = HFFolder(checkpoint(tmp_path / "m", "gpt_oss-mxfp4"))
     for again in (False, True):
