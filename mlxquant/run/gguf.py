@@ -29,8 +29,14 @@ class GGUFModel:
         model_class, args_class = _get_classes(source.config)
         self.model = model_class(args_class.from_dict(source.config))
         zeros = [(t.name, mx.zeros(t.target.shape, dtype=self._dtypes[t.name])) for t in self.plan.tensors]
-        self.model.load_weights(zeros, strict=True)
+        self._load(zeros)
         self.model.eval()
+
+    def _load(self, zeros: list[tuple[str, Any]]) -> None:
+        """As mlx-lm loads a folder of this layout: a model may learn there that its head is tied (gemma3)."""
+        if hasattr(self.model, "sanitize"):
+            zeros = list(self.model.sanitize(dict(zeros)).items())
+        self.model.load_weights(zeros, strict=True)
 
     def take_over(self) -> None:
         """Gives each module whose blocks are taken over its quantized form."""
