@@ -159,9 +159,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], d
 
 
 class LlamaCpp:
-    """Real llama.cpp on one GGUF file, answering on loopback."""
+    """Real llama.cpp on one GGUF file, answering on loopback. `exact`: its cache in float32 instead of float16."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, exact: bool = False) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -170,6 +170,9 @@ class LlamaCpp:
         params.warmup = params.fit_params = False
         params.cpuparams.n_threads = 1
         params.n_gpu_layers, params.no_op_offload = 0, True  # a virtual Mac's Metal device lacks what llama.cpp needs
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
         self._wait_for_its_loop()
 
@@ -189,6 +192,19 @@ class LlamaCpp:
             "/completion", prompt=list(prompt), n_predict=count, temperature=0, top_k=1, return_tokens=True,
             cache_prompt=False, ignore_eos=True,
         )["tokens"]  # fmt: skip
+
+    def probabilities(self, prompt: Sequence[int], count: int, top: int = 10) -> list[tuple[int, dict[int, float]]]:
+        """Greedy tokens after a prompt, each with the natural logarithms of the probabilities of the `top` likeliest at
+        its place. None for a token that ends inside a character: use a vocabulary without them."""
+        answer = self._post(
+            "/completion", prompt=list(prompt), n_predict=count, temperature=0, return_tokens=True, n_probs=top,
+            cache_prompt=False,
+        )  # fmt: skip
+        places = answer.get("completion_probabilities", [])
+        found = [(p["id"], {t["id"]: t["logprob"] for t in p["top_logprobs"]}) for p in places]
+        if [token for token, _ in found] != answer["tokens"]:
+            raise ValueError("llama.cpp gave no probabilities for some of its tokens")
+        return found
 
     def _post(self, endpoint: str, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(

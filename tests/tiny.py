@@ -7,7 +7,9 @@ mlx-lm loads.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +24,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+Build = Callable[..., tuple[dict[str, Any], dict[str, np.ndarray]]]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -34,15 +37,17 @@ def make(
     dtype: str = "bfloat16",
     tied: bool = False,
     seed: int = 0,
+    build: Build | None = None,
     **config: object,
 ) -> Path:
-    """A folder with `layers` layers of `width` columns; `config` overrides entries of config.json."""
+    """A folder with `layers` layers of `width` columns; `config` overrides entries of config.json. `build`: what makes
+    the tensors, where it is not the family's own."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     tied = (tied or family in ALWAYS_TIED) and family not in NEVER_TIED
-    base, tensors = FAMILIES[family](rng, width, layers, tied)
+    base, tensors = (build or FAMILIES[family])(rng, width, layers, tied)
     base |= {"torch_dtype": dtype, "vocab_size": VOCAB, "tie_word_embeddings": tied} | config
-    stored = {k: v.astype(NUMPY[dtype]) for k, v in tensors.items()}
+    stored = {k: v if v.dtype == np.uint8 else v.astype(NUMPY[dtype]) for k, v in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(base, indent=2))
     tokenizer(folder)

@@ -332,12 +332,12 @@ def deepseek(version, q_lora=64):
     return build
 
 
-def qwen3_next(rng, width, layers, tied):
+def qwen3_next(rng, width, layers, tied, key=16):
     """Gated delta nets and, every second layer here, attention with a gate in q_proj; norms stored as w -
     1."""
     m = Tiny(rng, width, layers, tied, "qwen3_next", "Qwen3NextForCausalLM")
     m.root()
-    heads, key, value = 4, 16, 32
+    heads, value = 4, 32
     channels, inner = 2 * 2 * key + heads * value, heads * value
     for i in range(layers):
         p = f"model.layers.{i}."
