@@ -38,21 +38,22 @@ for folder in sys.argv[3:]:
     logging.getLogger().handlers.clear()
 """
 TRAIN = """
-import json, sys
+import os, sys
 from pathlib import Path
 from pydoc_data.topics import topics
 import sentencepiece
 from transformers import LlamaTokenizer
-folder = Path(sys.argv[1])
+os.chdir(sys.argv[1])  # the model keeps the names of its files
+folder = Path()
 lines = [line.strip() for text in list(topics.values())[:40] for line in text.split(chr(10)) if line.strip()]
 (folder / "text").write_text(chr(10).join(lines))
 sentencepiece.SentencePieceTrainer.train(
-    input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), vocab_size=640, model_type="bpe",
+    input="text", model_prefix="tokenizer", vocab_size=640, model_type="bpe",
     byte_fallback=True, user_defined_symbols=["<user>", "\\u2581\\u2581", "\\n\\n"], num_threads=1, minloglevel=2,
     normalization_rule_name="identity", remove_extra_whitespaces=False,
 )
 (folder / "text").unlink()
-LlamaTokenizer.from_pretrained(folder).save_pretrained(folder / "saved")
+LlamaTokenizer.from_pretrained(str(folder.absolute())).save_pretrained(folder / "saved")
 """
 
 

@@ -31,10 +31,7 @@ def byte_level_arrays(files: Sidecars, size: int | None) -> dict[str, Any]:
     size = size or max(by_id, default=-1) + 1
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], np.full(size, Kind.UNUSED, np.int32)
     for i, text in by_id.items():
-        if text in added:
-            tokens[i], kinds[i] = _token(added[text])
-        elif text != tokens[i]:  # a file that was made of a GGUF has the padding, too
-            tokens[i], kinds[i] = text, Kind.NORMAL
+        tokens[i], kinds[i] = _token(added[text]) if text in added else (text, Kind.NORMAL)
     return {"tokens": tokens, "token_type": kinds, "merges": _merges(files, vocab)}
 
 

@@ -76,8 +76,7 @@ def json_arrays(files: Sidecars, size: int | None, phi3: bool = False) -> dict[s
     by_id = vocabulary(vocab, added, size)
     table = _Table(size or max(by_id, default=-1) + 1)
     special = {i: text for i, text in by_id.items() if text in added or _BYTE.fullmatch(text)}
-    padding = {i for i, text in by_id.items() if text == f"[PAD{i}]"}  # in a file that was made of a GGUF
-    normal = sorted(by_id.keys() - special.keys() - padding)
+    normal = sorted(by_id.keys() - special.keys())
     scores = _scores([by_id[i] for i in normal], files.merges())
     for i, score in zip(normal, scores, strict=True):
         table.put(i, by_id[i], score, Kind.NORMAL)

@@ -82,6 +82,13 @@ class Vocabulary:
             kinds[self.ids[token]] = Kind.CONTROL
         return kinds
 
+    def named(self) -> dict[str, int]:
+        """token -> id without the padding behind the last token, which a model's own tokenizer.json has not either."""
+        count = len(self.tokens)
+        while count and self.kinds[count - 1] == Kind.UNUSED and self.tokens[count - 1] == f"[PAD{count - 1}]":
+            count -= 1
+        return {token: i for token, i in self.ids.items() if i < count}
+
     def text(self, i: int | None) -> str | None:
         return None if i is None else self.tokens[i]
 
@@ -135,7 +142,7 @@ def _byte_level(meta: Metadata, vocabulary: Vocabulary) -> tuple[Any, tuple[bool
 
     pre = pre_tokenizer(meta.text("tokenizer.ggml.pre", "default"))
     merges = _written_merges(meta, vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.ignore_merges))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.named(), merges=merges, ignore_merges=pre.ignore_merges))
     steps: list[Any] = [pre_tokenizers.Split(Regex(e), behavior="isolated") for e in pre.expressions]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -163,7 +170,7 @@ def _sentence_piece(meta: Metadata, vocabulary: Vocabulary) -> tuple[Any, tuple[
     unknown = vocabulary.text(vocabulary.unknown)
     scores = meta.numbers("tokenizer.ggml.scores", len(vocabulary.tokens))
     merges = _scored_merges(vocabulary, scores)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, byte_fallback=True, unk_token=unknown))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary.named(), merges=merges, byte_fallback=True, unk_token=unknown))
     spaces = normalizers.Replace(" ", "▁")
     decoding: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if meta.flag("tokenizer.ggml.add_space_prefix", True):
@@ -182,14 +189,14 @@ def _scored_merges(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[st
     llama.cpp takes the leftmost of equal scores, which ranks cannot say; for the ways to one token it makes no
     difference (300 small vocabularies, trained or with shuffled scores, 18,000 texts: none came out otherwise).
     """
-    ids, merges = vocabulary.ids, []
+    ids, merges = vocabulary.named(), []
     for i, token in enumerate(vocabulary.tokens):
         if len(token) > MAX_TOKEN_CHARS:
             raise SourceError(
                 f"GGUF key tokenizer.ggml.tokens: token {i} is {len(token)} characters long, "
                 f"expected at most {MAX_TOKEN_CHARS}"
             )
-        if vocabulary.kinds[i] not in (Kind.NORMAL, Kind.UNUSED):
+        if vocabulary.kinds[i] not in (Kind.NORMAL, Kind.UNUSED) or token not in ids:
             continue
         for cut in range(len(token) - 1, 0, -1):
             if (left := token[:cut]) in ids and (right := token[cut:]) in ids:

@@ -94,8 +94,9 @@ def test_scores_follow_merges_where_ids_do_not() -> None:
 
 
 # Left out: tokens that the decoder changes, twice there and back; one that is no bytes' letters (spaces); a BOS before
-# each text that has no id (gpt_oss-silent); <pad>, which looks special, as an author's token (llama2-legacy).
-TWICE = {"llama2-legacy", "odd", "odd-normalized", "odd-special", "decoder", "legacy", "spaces", "gpt_oss-silent"}
+# each text that has no id (gpt_oss-silent); <pad>, which looks special, as an author's token (llama2-legacy);
+# padding between tokens (phi3), which becomes tokens in a vocabulary without holes.
+TWICE = {"phi3", "llama2-legacy", "odd", "odd-normalized", "odd-special", "decoder", "legacy", "spaces", "gpt_oss-silent"}
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - TWICE))
@@ -419,10 +420,6 @@ def test_published_vocabularies(name: str, family: str) -> None:
 
     metadata = GGUFFile(oracle.llama_cpp() / "models" / f"ggml-vocab-{name}.gguf").metadata
     files = tokenizer_files(metadata)
-    tokenizer = json.loads(files["tokenizer.json"])
-    vocab = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {text: i for text, i in vocab.items() if text != f"[PAD{i}]"}
-    files["tokenizer.json"] = json.dumps(tokenizer).encode()
     case = config(family, vocab_size=len(metadata["tokenizer.ggml.tokens"])), files
     assert _oracle().ask({"real": case}, "known")["real"] == summary(vocabulary_keys(*case))
 
