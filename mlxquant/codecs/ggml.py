@@ -24,9 +24,7 @@ _NAMES = (
     *("IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"),
     *("MXFP4", "NVFP4"),
 )
-# An older gguf has not all of them.
-_TYPES = {name: GGMLQuantizationType[name] for name in _NAMES if name in GGMLQuantizationType.__members__}
-
+_TYPES = {name: GGMLQuantizationType[name] for name in _NAMES}
 
 # Where a block's float16 scales stand, in bytes (ggml/src/ggml-common.h).
 _SCALES = {

@@ -38,7 +38,7 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-_BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
+BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
 
 # gguf_metadata_value_type of the scalars -> struct format, which numpy knows, too
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -71,7 +71,7 @@ class GGUFTensor:
 
     @property
     def row_bytes(self) -> int:
-        elements, nbytes = _BLOCKS[self.type_name]
+        elements, nbytes = BLOCKS[self.type_name]
         return self.width // elements * nbytes
 
 

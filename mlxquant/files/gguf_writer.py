@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT as ALIGNMENT
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from mlxquant.errors import PlanError
-from mlxquant.files.gguf_file import GGML_TYPES
+from mlxquant.files.gguf_file import BLOCKS
 from mlxquant.files.reading import shown
 from mlxquant.files.shards import Shard
 
@@ -28,7 +28,6 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 UNSEALED = "0" * 64
 NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME, with a zero at its end
 _PARTS_LIMIT = 2**16 - 1  # split.count is a uint16
-_BLOCKS = {name: (elements, nbytes) for name, elements, nbytes in GGML_TYPES.values()}
 
 _KINDS = {
     np.dtype(np.uint8): GGUFValueType.UINT8,
@@ -60,7 +59,7 @@ class GGUFSpec:
 
     @property
     def nbytes(self) -> int:
-        elements, nbytes = _BLOCKS[self.type_name]
+        elements, nbytes = BLOCKS[self.type_name]
         return self.size // elements * nbytes
 
 
@@ -93,11 +92,9 @@ def lay_out(
         _shard(file, header, [specs[tensor] for tensor in part])
         for file, header, part in zip(names, headers, parts, strict=True)
     ]
-    if sealed is None:
-        return tuple(shards)
-    first = shards[0]
-    return (Shard(first.file, first.header, first.specs, first.offsets, first.nbytes, _seal(first.header, sealed)),
-            *shards[1:])  # fmt: skip
+    if sealed is not None:
+        shards[0] = replace(shards[0], seal=_seal(shards[0].header, sealed))
+    return tuple(shards)
 
 
 def _written(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from mlxquant.errors import PlanError, UsageError
-from mlxquant.files.gguf_file import GGML_TYPES
+from mlxquant.files.gguf_file import BLOCKS
 from mlxquant.plan.gguf_mixtures import TOKEN_EMBEDDINGS, Mixture, category, layer_of, model
 
 # name -> (general.file_type, type of most tensors). llama.h, enum llama_ftype; llama_ftype_get_default_type.
@@ -34,7 +34,6 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 # Types whose encoder looks at the importance of each column.
 IMPORTANCE_TYPES = frozenset(TENSOR_TYPES) - {*FLOAT_TYPES, "Q8_0", "TQ1_0", "TQ2_0"}
 
-_BLOCK = {name: elements for name, elements, _ in GGML_TYPES.values()}
 # Where the width is no multiple of the type's 256 (tensor_type_fallback); then F16, if not even of 32.
 _NARROWER = {
     "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
@@ -210,9 +209,9 @@ class _Choice:
     def type_of(self, name: str, width: int) -> str:
         """Called once for each tensor, in the file's order: the mixture counts."""
         if asked := self.asked(name):
-            if width % _BLOCK[asked]:
+            if width % BLOCKS[asked][0]:
                 raise PlanError(
-                    f"{name}: width {width} is no multiple of {_BLOCK[asked]}, which {asked} was asked for needs",
+                    f"{name}: width {width} is no multiple of {BLOCKS[asked][0]}, which {asked} was asked for needs",
                     hint="ask for Q8_0 or F16, or leave the choice to --type",
                 )
             return asked
@@ -227,21 +226,21 @@ class _Choice:
 
     def _by_mixture(self, name: str, width: int) -> str:
         base = self._settings.base
-        return self._mixture.type_of(name, width % _BLOCK[base] == 0) if self._mixture else base
+        return self._mixture.type_of(name, width % BLOCKS[base][0] == 0) if self._mixture else base
 
     def remarks(self) -> list[str]:
         return [
-            f"{names[0]}{_and_more(names)}: width {width} is not a multiple of {_BLOCK[wanted]}: "
+            f"{few(names)}: width {width} is not a multiple of {BLOCKS[wanted][0]}: "
             f"{wanted} becomes {became}"
             for (width, wanted, became), names in self._fallbacks.items()
         ]
 
 
 def _fit(type_name: str, width: int) -> str:
-    if width % _BLOCK[type_name] == 0:
+    if width % BLOCKS[type_name][0] == 0:
         return type_name
     narrower = _NARROWER.get(type_name, type_name)
-    return narrower if width % _BLOCK[narrower] == 0 else "F16"
+    return narrower if width % BLOCKS[narrower][0] == 0 else "F16"
 
 
 def _refuse_idle_overrides(settings: TypeSettings, names: AbstractSet[str]) -> None:
@@ -262,13 +261,14 @@ def _check_importance(
     starved = [name for name in missing if types[name] == "Q2_K"] if settings.file_type == "Q2_K_S" else []
     if starved:
         raise PlanError(
-            f"Q2_K_S needs an importance matrix: {starved[0]}{_and_more(starved)} would be Q2_K without",
+            f"Q2_K_S needs an importance matrix: {few(starved)} would be Q2_K without",
             hint="give --imatrix FILE (llama-imatrix makes one), or take --type Q2_K",
         )
     if imatrix_names and missing:
-        return [f"{missing[0]}{_and_more(missing)}: no entry in the importance matrix, quantized without"]
+        return [f"{few(missing)}: no entry in the importance matrix, quantized without"]
     return []
 
 
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def few(names: Sequence[str]) -> str:
+    """'blk.0.ffn_down.weight and 3 more'."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
