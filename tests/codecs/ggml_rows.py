@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
+
+from tests.libgguf_oracle import libgguf_x86
 
 WEIGHTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 BLOCKS = (*WEIGHTED, "Q8_0", "TQ1_0", "TQ2_0")
@@ -69,13 +70,13 @@ def importances(width: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def ggml_encode(rows: np.ndarray, type_name: str, importance: np.ndarray | None = None) -> np.ndarray:
     """ggml_quantize_chunk of libgguf's reference backend; skips the test where there is no wheel of it."""
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     out = libgguf.quantize_rows(rows, libgguf.GGMLQuantizationType[type_name], importance)
     return out.view(np.uint8).reshape(len(rows), -1)
 
 
 def ggml_decode(raw: np.ndarray, type_name: str) -> np.ndarray:
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     return libgguf.dequantize_rows(raw, libgguf.GGMLQuantizationType[type_name])
 
 

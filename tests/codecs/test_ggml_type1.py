@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlxquant.codecs.ggml import block
 from mlxquant.codecs.ggml_search import clipped, nearest
 from mlxquant.codecs.ggml_type1 import ENCODERS
+from tests.libgguf_oracle import libgguf_x86
 
 Array = np.ndarray[Any, Any]
 NONE = np.empty(0, np.float32)
@@ -30,7 +31,7 @@ def encode(name: str, rows: Array, importance: Array = NONE) -> Array:
 
 
 def ggml(name: str, rows: Array, importance: Array = NONE) -> Array:
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     raw = libgguf.quantize_rows(
         rows, libgguf.GGMLQuantizationType[name], imatrix=importance if importance.size else None
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def made(type_name: str, seed: int = 0, scale: float = 0.02) -> tuple[np.ndarray
     kind = libgguf.GGMLQuantizationType[type_name]
     importance = np.ones(WIDTH, np.float32) if type_name.startswith("IQ") else None
     raw = libgguf.quantize_rows(w_OI, kind, imatrix=importance)
-    return raw, libgguf.dequantize_rows(raw, kind)
+    return raw, gguf.dequantize(raw, gguf.GGMLQuantizationType[type_name])
 
 
 def nmse(reference: np.ndarray, other: np.ndarray) -> float:
@@ -89,7 +90,7 @@ def test_zero_blocks_and_rows_of_one_size(type_name: str) -> None:
     w_OI[2, :16] = np.linspace(-1, 1, 16)  # one of two blocks of a group is zero
     kind = libgguf.GGMLQuantizationType[type_name]
     raw = libgguf.quantize_rows(w_OI, kind)
-    values = libgguf.dequantize_rows(raw, kind)
+    values = gguf.dequantize(raw, gguf.GGMLQuantizationType[type_name])
     back = decode(repack(raw, type_name, WIDTH), "F16", REPACKED[type_name].codec)
     assert np.abs(back - values).max() <= 2e-3
     assert not back[0].any()

@@ -25,6 +25,7 @@ from mlxquant.plan.gguf_types import TypeSettings, type_settings
 from tests.convert.test_memory import ALLOWED, traced_peak
 from tests.convert.test_memory import source as large  # noqa: F401 - a fixture
 from tests.gguf_files import LlamaCpp, read_gguf, write_gguf
+from tests.libgguf_oracle import libgguf_x86
 from tests.tiny import make
 
 FLOATS = ("F32", "F16", "BF16")
@@ -81,7 +82,7 @@ def test_values_are_those_of_the_gguf_packages_own_file(folder, tmp_path, type_n
 @pytest.mark.parametrize("with_imatrix", [False, True])
 @pytest.mark.parametrize("file_type", ["Q4_K_M", "Q3_K_L", "Q2_K", "Q5_0", "IQ4_XS"])
 def test_blocks_are_libggufs(folder, tmp_path, file_type, with_imatrix):
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     _, shapes, values = read_gguf(write_gguf(folder, tmp_path / "f32.gguf", "F32"))
     imatrix = importance(shapes) if with_imatrix else None
     written = blocks(write(folder, tmp_path / "ours.gguf", file_type, imatrix=imatrix))
@@ -100,7 +101,7 @@ def test_blocks_are_libggufs(folder, tmp_path, file_type, with_imatrix):
 
 
 def test_each_expert_has_its_own_importance(tmp_path, monkeypatch):
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     source = make(tmp_path / "moe", "mixtral", width=256)
     shapes = {t.name: t.target.shape for t in job(source, "F32").plan.tensors}
     stack = next(name for name in shapes if name.endswith("ffn_up_exps.weight"))

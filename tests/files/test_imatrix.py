@@ -16,6 +16,7 @@ from mlxquant.errors import SourceError
 from mlxquant.files.imatrix import Imatrix, read_imatrix
 from tests import oracle
 from tests.files.imatrix_model import EXPERTS, WIDTH, shapes, weights
+from tests.libgguf_oracle import libgguf_x86
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "imatrix"
 RUNS = json.loads((FIXTURES / "quantized.json").read_text())["runs"]
@@ -25,7 +26,7 @@ STACK = "blk.0.ffn_up_exps.weight"
 @pytest.mark.parametrize("run", RUNS)
 def test_importance_is_what_llama_quantize_passes_on(run):
     """Rows encoded by ggml's reference encoder with our importance are its file's, byte for byte."""
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     form, _ = run.split()
     matrix = read_imatrix(FIXTURES / f"moe.{form}")
     for name, (kind, expected) in RUNS[run]["tensors"].items():
@@ -251,7 +252,7 @@ def test_a_fresh_importance_matrix_of_a_real_tool(tmp_path):
     ours = read_imatrix(matrix)
     told = {k: field.contents() for k, field in reader.fields.items() if k.startswith("quantize.imatrix.")}
     assert ours.metadata() == told
-    libgguf = pytest.importorskip("libgguf")
+    libgguf = libgguf_x86()
     source = {t.name: t.data.astype(np.float32) for t in gguf.GGUFReader(model).tensors}
     quantized = [t for t in reader.tensors if t.tensor_type.name not in ("F32", "F16")]
     assert len(quantized) > 14
