@@ -13,6 +13,7 @@ import click
 from mlxquant.units import format_bytes, format_count
 
 _NUMBERS = ("tensors", "weights", "bytes", "share")
+_MADE_CHARS = 200  # keys of a file may hold megabytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,6 +135,7 @@ def _facts(d: Description, origin: dict[str, Any]) -> list[tuple[str, str]]:
             "quantization",
             ", ".join(f"{k} {v}" for k, v in d.quantization.items()) if d.quantization else None,
         ),
+        *((key.replace("_", " "), value[:_MADE_CHARS]) for key, value in d.made.items()),
         ("layers", f.layers),
         ("hidden size", f.hidden_size),
         ("heads", f"{f.heads}, {f.kv_heads} for keys and values" if f.kv_heads else f.heads),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.errors import SourceError
@@ -20,6 +20,7 @@ from mlxquant.families.roles import assign_roles
 from mlxquant.families.shape import ModelShape
 from mlxquant.plan.facts import Facts
 from mlxquant.plan.packed import unpack
+from mlxquant.plan.provenance import provenance
 from mlxquant.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Stored:
 class Description:
     """`container` is safetensors or gguf; `quantization` the scheme that the source itself declares.
 
-    left_out: (reason, tensors, weights) of what a conversion would not take.
+    left_out: (reason, tensors, weights) of what a conversion would not take. made: of a GGUF file, provenance.py.
     """
 
     container: str
@@ -68,6 +69,7 @@ class Description:
     tensors: tuple[Stored, ...]
     left_out: tuple[tuple[str, int, int], ...]
     remarks: tuple[str, ...]
+    made: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -104,6 +106,7 @@ class Description:
             **asdict(self.facts),
             "modalities": list(self.modalities),
             "quantization": self.quantization,
+            "made": dict(self.made),
             "formats": {key: _named(sums) for key, sums in self.by_format().items()},
             "roles": {key: _named(sums) for key, sums in self.by_role().items()},
             "left_out": [{"reason": r} | _named((n, size, None)) for r, n, size in self.left_out],
@@ -178,6 +181,7 @@ def describe_gguf(
         tensors=_with_roles(stored, roles, guess_tied=False),
         left_out=(),
         remarks=tuple(remarks),
+        made=provenance(metadata),
     )
 
 

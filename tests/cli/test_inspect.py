@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mlxquant import __version__
 from tests import tiny
 from tests.cli.runner import mlxquant, refused
 from tests.fake_hub import FakeHub
@@ -66,6 +67,16 @@ def test_a_gguf_file(gguf_path: Path, folder: Path):
     assert found["format"] == "gguf"
     assert found["parameters"] == answer(folder)["parameters"]
     assert set(found["formats"]) == {"Q8_0", "F32"}
+
+
+def test_a_gguf_file_says_how_it_was_made(gguf_path: Path, tmp_path: Path):
+    ours = tmp_path / "m.gguf"
+    assert mlxquant("convert", gguf_path, "-o", ours, "--type", "f16").code == 0
+    made = {"file_type": "F16", "made_by": f"mlxquant {__version__}", "made_from": gguf_path.name}
+    assert answer(ours)["made"] == made
+    rows = [line.split() for line in mlxquant("inspect", ours).out.splitlines()]
+    assert ["file", "type", "F16"] in rows
+    assert ["made", "from", gguf_path.name] in rows
 
 
 def test_a_hub_id_costs_the_headers_alone(fake_hub: FakeHub, tmp_path: Path):
