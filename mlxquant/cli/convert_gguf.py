@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxquant.cli.convert import Wish, print_columns, print_written, stopped_in_one_line
-from mlxquant.cli.resolve import is_hub_id, resolve, resolve_source
+from mlxquant.cli.resolve import is_hub_id, resolve_source
 from mlxquant.errors import UsageError
 from mlxquant.plan.gguf_types import TypeSettings, type_settings
 from mlxquant.units import format_bytes, format_count, parse_bytes
@@ -35,7 +35,7 @@ def convert_gguf(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> No
     )
     split_bytes = parse_split(options["split_max_size"]) if options["split_max_size"] else 0
     imatrix = _imatrix(options["imatrix"])
-    if wish.dry_run:
+    if wish.dry_run and is_hub_id(wish.source):
         print_plan(plan_from_headers(wish, wanted, imatrix, options["allow_requantize"]), wish.as_json)
         return
     from mlxquant.convert.gguf_job import open_job
@@ -49,6 +49,9 @@ def convert_gguf(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> No
         pre=options["pre"],
         allow_requantize=options["allow_requantize"],
     )
+    if wish.dry_run:  # after all that the conversion itself would refuse, the tokenizer included
+        print_plan(job.plan, wish.as_json)
+        return
     assert out is not None
     _run(job, out, wish, split_bytes, options["modelfile"])
 
@@ -56,7 +59,10 @@ def convert_gguf(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> No
 def parse_split(text: str) -> int:
     """'5G', '500M', '100K' (powers of 1000, as llama-gguf-split has them) or bytes. Raises UsageError."""
     match = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
-    size = int(match[1]) * _SCALES[match[2]] if match else parse_bytes(text)
+    try:
+        size = int(match[1]) * _SCALES[match[2]] if match else parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"--split-max-size: {error.message}", hint="write it like 5G or 500M") from error
     if not size:
         raise UsageError(f"--split-max-size {text}: nothing fits into it", hint="write it like 5G or 500M")
     return size
@@ -71,18 +77,14 @@ def _imatrix(path: str | None) -> Imatrix | None:
 
 
 def plan_from_headers(wish: Wish, wanted: TypeSettings, imatrix: Imatrix | None, allow_requantize: bool) -> GGUFPlan:
-    """The plan alone; for a Hub id without downloading weights."""
+    """The plan of a Hub id, from its headers alone: its tokenizer is looked at when it is converted."""
     from mlxquant.plan.gguf_plan import plan_checkpoint, plan_gguf
 
     if wish.source.endswith(".gguf"):
         from mlxquant.convert.block_rows import GGUFRows
+        from mlxquant.hub.front import read_front
 
-        if is_hub_id(wish.source):
-            from mlxquant.hub.front import read_front
-
-            rows, _, _ = read_front(wish.source, wish.revision, GGUFRows, lambda found: found.front_bytes)
-        else:
-            rows = GGUFRows(resolve(wish.source, wish.revision))
+        rows, _, _ = read_front(wish.source, wish.revision, GGUFRows, lambda found: found.front_bytes)
         return plan_gguf(rows.file.typed, rows.file.tensors, wanted, imatrix=imatrix, allow_requantize=allow_requantize)
     from mlxquant.cli.convert import resolve_headers
 

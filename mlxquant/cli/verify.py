@@ -54,10 +54,16 @@ def command(
         )
     failed = [name for name, ok, _ in checks if not ok]
     if failed:
-        kind = "file" if is_gguf else "folder"
-        raise VerifyError(f"{out}: {', '.join(failed)} failed", hint=f"do not use this {kind}; convert again")
+        raise VerifyError(f"{out}: {', '.join(failed)} failed", hint=advice("file" if is_gguf else "folder", failed))
     if not as_json:
         click.echo(f"{out}: all {len(checks)} checks passed" + ("" if source else " (add --source to compare weights)"))
+
+
+def advice(kind: str, failed: list[str]) -> str:
+    """Where the plan is another, what differs is likely to be the source that --source names."""
+    if "plan" in failed:
+        return f"give the source that this {kind} was made from; if it was, convert it again"
+    return f"do not use this {kind}; convert again"
 
 
 def folder_checks(

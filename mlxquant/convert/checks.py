@@ -244,9 +244,8 @@ def check_weights(written: Written, source: OpenSource, plan: Plan, advance: Cal
             return Check("weights", False, f"{tensor.name}: {complaint}")
         if nmse > worst:
             worst, worst_name = nmse, tensor.name
-    return Check(
-        "weights", True, f"{len(plan.tensors)} tensors within their bounds; worst NMSE {worst:.2e} ({worst_name})"
-    )
+    said = f"worst NMSE {worst:.2e} ({worst_name})" if worst_name else "all of them equal"
+    return Check("weights", True, f"{len(plan.tensors)} tensors within their bounds; {said}")
 
 
 def compare(

@@ -17,12 +17,12 @@ from mlxquant.convert.checks import READ_BYTES, Check
 from mlxquant.convert.gather import chunks
 from mlxquant.convert.gguf_job import PLAN, SETTINGS, SOURCE, TENSORS, VERSION, GGUFJob, open_job
 from mlxquant.convert.to_gguf import tensors_sha256
-from mlxquant.errors import MlxquantError, SourceError
+from mlxquant.errors import MlxquantError, SourceError, UsageError
 from mlxquant.files.gguf_file import GGUFFile, GGUFTensor
 from mlxquant.files.gguf_writer import SPLIT_KEYS
 from mlxquant.files.imatrix import Imatrix
 from mlxquant.files.reading import one_line, shown
-from mlxquant.plan.gguf_plan import plain_value
+from mlxquant.plan.gguf_plan import imatrix_sha256, plain_value
 from mlxquant.plan.gguf_types import TypeSettings, allows_quantization, order, tensor_types, type_settings
 
 Advance = Callable[[int], None]
@@ -74,15 +74,12 @@ def check_gguf(
 ) -> Iterator[Check]:
     """Yields each check as it is done. `source`, `imatrix`: as they were given to `convert`."""
     written = open_written_gguf(path)
+    if source is not None:
+        refuse_other_imatrix(written, imatrix)
     yield check_keys(written)
     yield check_types(written)
     yield check_tensors(written, advance or (lambda nbytes: None))
     if source is None:
-        return
-    with_imatrix = written.extra["imatrix_sha256"] is not None
-    if with_imatrix != (imatrix is not None):
-        how = "with an importance matrix: give it with --imatrix" if with_imatrix else "without an importance matrix"
-        yield Check("plan", False, f"the file was made {how}")
         return
     job = open_job(
         source,
@@ -97,6 +94,18 @@ def check_gguf(
     yield check_metadata(written, job)
     if same.ok:
         yield check_weights(written, job, advance or (lambda nbytes: None))
+
+
+def refuse_other_imatrix(written: WrittenGGUF, imatrix: Imatrix | None) -> None:
+    """Nothing is wrong with the file, so no check failed. Raises UsageError."""
+    path, expected = written.file.path, written.extra["imatrix_sha256"]
+    if expected is not None and imatrix is None:
+        name = shown(written.file.metadata.get("quantize.imatrix.file"))
+        raise UsageError(f"{path}: was made with the importance matrix {name}", hint="add --imatrix FILE")
+    if expected is None and imatrix is not None:
+        raise UsageError(f"{path}: was made without an importance matrix", hint="leave --imatrix out")
+    if imatrix is not None and imatrix_sha256(imatrix) != expected:
+        raise UsageError(f"{path}: was not made with {imatrix.file}", hint="give the matrix it was made with")
 
 
 def check_keys(written: WrittenGGUF) -> Check:
@@ -163,8 +172,7 @@ def _finite(raw: np.ndarray[Any, Any], tensor: GGUFTensor) -> bool:
 
 def check_plan(written: WrittenGGUF, job: GGUFJob) -> Check:
     same = job.plan.digest() == written.file.metadata[PLAN]
-    other = "the source gives another plan: not this source, or another importance matrix"
-    return Check("plan", same, "the source gives the same plan" if same else other)
+    return Check("plan", same, f"the source gives {'the same plan' if same else 'another plan: not this source'}")
 
 
 def check_metadata(written: WrittenGGUF, job: GGUFJob) -> Check:
@@ -174,7 +182,8 @@ def check_metadata(written: WrittenGGUF, job: GGUFJob) -> Check:
     for key in sorted(found.keys() | expected.keys()):
         # repr, since NaN is not equal to itself
         if repr(found.get(key)) != repr(expected.get(key)):
-            return Check("metadata", False, f"{shown(key)}: not what the source gives")
+            ours, theirs = (shown(side.get(key, ("", "nothing"))[1]) for side in (found, expected))
+            return Check("metadata", False, f"{shown(key)} is {ours}, and the source gives {theirs}")
     tokenizer = sum(key.startswith("tokenizer.") for key in found)
     return Check("metadata", True, f"{len(found)} keys as the source gives them, {tokenizer} of them the tokenizer's")
 

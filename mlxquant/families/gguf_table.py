@@ -107,7 +107,8 @@ def module_of_config(config: Mapping[str, Any]) -> str:
     model_type = str(config.get("model_type"))
     if model_type not in MODEL_TYPES:
         raise UnsupportedError(
-            f"config.json: model_type {model_type!r:.60} has no GGUF layout (known: {', '.join(MODEL_TYPES)})"
+            f"config.json: model_type {model_type!r:.60} is not a family that mlxquant writes as GGUF",
+            hint=f"known are {', '.join(MODEL_TYPES)}",
         )
     return REMAPPING.get(model_type, model_type)
 

@@ -181,9 +181,9 @@ def plan_checkpoint(
     not agree), PlanError and UsageError (what was asked cannot be done).
     """
     refuse_quantized_source(_without_mxfp4(config))
-    if rounded and settings.quantized and not allow_requantize:
+    if rounded and settings.rounds and not allow_requantize:
         raise PlanError(
-            f"{_few(list(rounded))}: {next(iter(rounded.values()))} in the source, and quantizing them again adds a "
+            f"{_few(list(rounded))}: {_kinds(rounded.values())} in the source, and quantizing them again adds a "
             "second loss",
             hint="start from the full-precision model, or add --allow-requantize",
         )
@@ -197,7 +197,7 @@ def plan_checkpoint(
     plan = _planned(targets, keys, settings, source_types, kept, imatrix)
     values = {name: tuple(array.tolist()) for name, array in constants.items()}
     tensors = tuple(replace(t, values=values.get(t.name, ())) for t in plan.tensors)
-    remarks = (*unsaid(config), *plan.remarks, *_checkpoint_remarks(laid_out, kept, rounded or {}))
+    remarks = (*unsaid(config), *plan.remarks, *_checkpoint_remarks(settings, laid_out, kept, rounded or {}))
     return replace(plan, tensors=tensors, dropped=laid_out.dropped, remarks=remarks, allow_requantize=allow_requantize)
 
 
@@ -209,11 +209,13 @@ def _without_mxfp4(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _checkpoint_remarks(laid_out: Layout, kept: Mapping[str, str], rounded: Mapping[str, str]) -> Iterable[str]:
+def _checkpoint_remarks(
+    settings: TypeSettings, laid_out: Layout, kept: Mapping[str, str], rounded: Mapping[str, str]
+) -> Iterable[str]:
     if kept:
         yield f"{_few(list(kept))}: MXFP4 in the source, copied exactly (--allow-requantize quantizes them again)"
-    for form, count in Counter(rounded.values()).items():
-        yield f"{count} weights of the source have been quantized before ({form}): they are rounded a second time"
+    if rounded:
+        yield f"{_few(list(rounded))}: {_before(rounded.values(), settings.rounds)}"
     for reason, count in Counter(reason for _, reason in laid_out.dropped).items():
         yield f"{count} tensors left out: {reason}"
 
@@ -242,12 +244,13 @@ def plan_gguf(
     keys = {k: v for k, v in metadata.items() if k not in SPLIT_KEYS and not k.startswith(OWN_KEYS)}
     plan = _planned(targets, quantized_keys(keys, settings.file_type_id), settings, source_types, kept, imatrix)
     again = [t.name for t in plan.tensors if t.source_type not in FLOAT_TYPES and t.source_type != t.type_name]
-    if again and not allow_requantize:
+    if again and settings.rounds and not allow_requantize:
+        kinds = _kinds(source_types[name] for name in again)
         raise PlanError(
-            f"{_few(again)}: {source_types[again[0]]} in the source, and quantizing them again adds a second loss",
+            f"{_few(again)}: {kinds} in the source, and quantizing them again adds a second loss",
             hint="start from an F32, F16 or BF16 file of this model, or add --allow-requantize",
         )
-    remarks = [f"{_few(again)}: quantized before, rounded a second time"] if again else []
+    remarks = [f"{_few(again)}: {_before((source_types[n] for n in again), settings.rounds)}"] if again else []
     return replace(plan, remarks=(*plan.remarks, *remarks), allow_requantize=allow_requantize)
 
 
@@ -287,6 +290,8 @@ def _planned(
         counts = importance and imatrix is not None and imatrix.importance(name, shapes[name]) is not None
         tensors.append(PlannedBlocks(by_name[name], types[name], source_types[name], counts))
     _refuse_unwritable(tensors)
+    if imatrix and not any(tensor.importance for tensor in tensors):
+        remarks = (*remarks, "no tensor makes use of the importance matrix")
     return GGUFPlan(settings, keys, tuple(tensors), source_dtype, imatrix, remarks=remarks)
 
 
@@ -304,6 +309,17 @@ def _most_common_dtype(targets: Mapping[str, Target], source_types: Mapping[str,
         if len(target.shape) > 1 and (source_types[name] in DTYPES or source_types[name] in FLOAT_TYPES):
             counts[source_types[name]] += GGUFSpec(name, target.shape, "F32").size
     return counts.most_common(1)[0][0] if counts else "F16"
+
+
+def _before(formats: Iterable[str], rounds: bool) -> str:
+    """What becomes of weights that have been quantized already."""
+    again = "they are rounded a second time" if rounds else "that loss stays, in more bytes"
+    return f"quantized before ({_kinds(formats)}): {again}"
+
+
+def _kinds(formats: Iterable[str]) -> str:
+    """'4g32, 8g32': the most frequent first."""
+    return ", ".join(name for name, _ in Counter(formats).most_common())
 
 
 def _few(names: list[str]) -> str:

@@ -78,6 +78,12 @@ class TypeSettings:
     def quantized(self) -> bool:
         return self.base not in FLOAT_TYPES
 
+    @property
+    def rounds(self) -> bool:
+        """Some tensor is to be quantized: a float file may still ask for it for embedding or head."""
+        asked = (self.base, self.output_tensor_type, self.token_embedding_type)
+        return any(name is not None and name not in FLOAT_TYPES for name in asked)
+
 
 def type_settings(
     file_type: str,
@@ -230,8 +236,7 @@ class _Choice:
 
     def remarks(self) -> list[str]:
         return [
-            f"{few(names)}: width {width} is not a multiple of {BLOCKS[wanted][0]}: "
-            f"{wanted} becomes {became}"
+            f"{few(names)}: width {width} is not a multiple of {BLOCKS[wanted][0]}: {wanted} becomes {became}"
             for (width, wanted, became), names in self._fallbacks.items()
         ]
 

@@ -75,7 +75,7 @@ def commonest(tensors: tuple[PlannedTensor, ...]) -> Codec:
 def remarks(tensors: tuple[PlannedTensor, ...]) -> list[str]:
     """One line for each ggml type: what it becomes and what that adds."""
     counts = Counter(t.repack for t in tensors if t.repack)
-    return [f"{count} tensors {name} -> {_text(name)}" for name, count in counts.most_common()]
+    return [f"{count} tensor{'s' * (count > 1)} {name} -> {_text(name)}" for name, count in counts.most_common()]
 
 
 def _text(type_name: str) -> str:

@@ -113,7 +113,7 @@ def test_options_decide_types(source, tmp_path):
     assert {t.type_name for t in GGUFFile(tmp_path / "p.gguf").tensors.values()} == {"Q4_0", "F32"}
 
 
-def imatrix(folder: Path, path: Path) -> Path:
+def imatrix(folder: Path, path: Path, weight: float = 100) -> Path:
     """As llama-imatrix writes one."""
     plan = json.loads(mlxquant("convert", folder, "--type", "f16", "--dry-run", "--json").out)
     writer = gguf.GGUFWriter(path, "")
@@ -124,7 +124,7 @@ def imatrix(folder: Path, path: Path) -> Path:
     rng = np.random.default_rng(0)
     for tensor in plan["tensors"]:
         if len(tensor["shape"]) == 2 and tensor["name"].startswith("blk."):
-            sums = rng.random((1, tensor["shape"][1]), np.float32) * 100
+            sums = rng.random((1, tensor["shape"][1]), np.float32) * np.float32(weight)
             writer.add_tensor(tensor["name"] + ".in_sum2", sums)
             writer.add_tensor(tensor["name"] + ".counts", np.full((1, 1), 64, np.float32))
     writer.write_header_to_file()
@@ -143,9 +143,13 @@ def test_an_importance_matrix(source, tmp_path):
     assert keys["quantize.imatrix.file"] == "wiki.imatrix.gguf"
     assert mlxquant("verify", out, "--source", source, "--imatrix", matrix).code == 0
     checked = mlxquant("verify", out, "--source", source)
-    refused(checked, "plan failed")
-    assert "give it with --imatrix" in checked.out
+    refused(checked, "importance matrix 'wiki.imatrix.gguf'", "add --imatrix", code=2)
+    other = imatrix(source, tmp_path / "other.gguf", weight=2.0)
+    refused(mlxquant("verify", out, "--source", source, "--imatrix", other), "was not made with", code=2)
     assert mlxquant("convert", source, "-o", tmp_path / "x.gguf", "--type", "q4_k_m", "--imatrix", "none").code == 1
+    plain = mlxquant("convert", source, "-o", tmp_path / "x.gguf", "--type", "f16", "--imatrix", matrix)
+    assert "no tensor makes use of the importance matrix" in plain.out
+    assert "no tensor makes use" not in result.out
 
 
 def test_split_files(source, tmp_path):
@@ -241,7 +245,7 @@ def test_a_disk_that_fills_up(source, tmp_path):
         (["-o", "m", "--pure"], ["--pure is for GGUF files"]),
         (["-o", "m.gguf", "--type", "q4_k_x"], ["unknown", "Q4_K_M"]),
         (["-o", "m.gguf", "--type", "q4_k_m", "--tensor-type", "nothing=q8_0"], ["matches none"]),
-        (["-o", "m.gguf", "--type", "q4_k_m", "--split-max-size", "big"], ["'big'"]),
+        (["-o", "m.gguf", "--type", "q4_k_m", "--split-max-size", "big"], ["--split-max-size", "'big'", "5G"]),
         (["--type", "q4_k_m"], ["no output"]),
     ],
 )
@@ -256,7 +260,16 @@ def test_a_quantized_gguf_file_is_not_quantized_again_unasked(source, tmp_path):
     command = ["convert", path, "-o", tmp_path / "m.gguf", "--type", "q4_k_m"]
     refused(mlxquant(*command), "second loss", "--allow-requantize")
     result = mlxquant(*command, "--allow-requantize")
-    assert "rounded a second time" in result.out
+    assert "(Q8_0): they are rounded a second time" in result.out
+    assert mlxquant("verify", tmp_path / "m.gguf", "--source", path).code == 0
+
+
+def test_a_quantized_gguf_file_becomes_floats_unasked(source, tmp_path):
+    path = write_gguf(source, tmp_path / "q8.gguf", "Q8_0")
+    command = ["convert", path, "-o", tmp_path / "m.gguf", "--type", "f16"]
+    refused(mlxquant(*command, "--output-tensor-type", "q4_k"), "second loss", "--allow-requantize")
+    result = mlxquant(*command)
+    assert "(Q8_0): that loss stays, in more bytes" in result.out
     assert mlxquant("verify", tmp_path / "m.gguf", "--source", path).code == 0
 
 
@@ -294,8 +307,17 @@ def test_an_unknown_pre_tokenizer_names_the_flag(source, tmp_path):
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     command = ["convert", copy, "-o", tmp_path / "m.gguf", "--type", "q8_0"]
     refused(mlxquant(*command), "--pre", "odd+")
+    refused(mlxquant(*command, "--dry-run"), "--pre", "odd+")
     assert mlxquant(*command, "--pre", "gpt-2").code == 0
     assert mlxquant("verify", tmp_path / "m.gguf", "--source", copy).code == 0
+
+
+def test_verify_with_another_source(source, tmp_path):
+    other = make(tmp_path / "Other-1M", width=256, layers=1)
+    assert mlxquant("convert", source, "-o", tmp_path / "m.gguf", "--type", "q8_0").code == 0
+    checked = mlxquant("verify", tmp_path / "m.gguf", "--source", other)
+    refused(checked, "give the source that this file was made from")
+    assert "'general.basename' is 'Tiny', and the source gives 'Other'" in checked.out
 
 
 def test_verify_of_other_files(source, tmp_path):

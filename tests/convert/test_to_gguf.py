@@ -298,8 +298,12 @@ def test_verify_finds_another_source_and_a_missing_imatrix(folder, tmp_path):
     shapes = {t.name: t.target.shape for t in job(folder, "F32").plan.tensors}
     with_imatrix = write(folder, tmp_path / "i.gguf", "Q4_K_M", imatrix=importance(shapes))
     assert failed(with_imatrix, folder, imatrix=importance(shapes)) == []
-    assert "plan" in failed(with_imatrix, folder)
-    assert "plan" in failed(with_imatrix, folder, imatrix=importance(shapes, seed=4))
+    with pytest.raises(UsageError, match=r"made with the importance matrix 'wiki\.gguf'"):
+        failed(with_imatrix, folder)
+    with pytest.raises(UsageError, match=r"not made with .*wiki\.gguf"):
+        failed(with_imatrix, folder, imatrix=importance(shapes, seed=4))
+    with pytest.raises(UsageError, match="made without an importance matrix"):
+        failed(path, folder, imatrix=importance(shapes))
     keys = GGUFFile(with_imatrix).typed
     assert (keys["quantize.imatrix.file"], keys["quantize.imatrix.chunks_count"]) == ("wiki.gguf", np.uint32(7))
 
