@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ def unpack(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[s
             codec = codec_of(config, name)
             parts = [specs[p] for part in _PARTS if (p := _part(name, part)) in specs]
             whole = _unpacked(spec, parts[0], codec)
+            _check_parts([spec, *parts], codec.parts(name, whole.shape, whole.dtype))
             found[name] = Weight(whole, codec, spec.nbytes + sum(p.nbytes for p in parts))
         elif name not in inside:
             found[name] = Weight(spec, None, spec.nbytes)
@@ -102,3 +103,15 @@ def _unpacked(spec: TensorSpec, scales: TensorSpec, codec: Codec) -> TensorSpec:
         )
     dtype = scales.dtype if DTYPES[scales.dtype].floating else "BF16"
     return replace(spec, shape=(*spec.shape[:-1], width), dtype=dtype)
+
+
+def _check_parts(found: Sequence[TensorSpec], expected: Sequence[TensorSpec]) -> None:
+    """Raises SourceError for scales or biases that are missing, or of another shape or dtype than MLX writes."""
+    stored = {spec.name: spec for spec in found}
+    for spec in expected:
+        if stored.get(spec.name) != spec:
+            there = stored.get(spec.name)
+            has = f"{there.dtype} {list(there.shape)}" if there else "missing"
+            raise SourceError(
+                f"{spec.name} is {has}, expected {spec.dtype} {list(spec.shape)}", hint="download the folder again"
+            )

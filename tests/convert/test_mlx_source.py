@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -91,4 +93,23 @@ def test_a_format_mlx_does_not_have_is_refused(tmp_path: Path) -> None:
     config["quantization"]["lm_head"] = {"group_size": 16, "bits": 1}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises((SourceError, UnsupportedError), match=r"is not|no format"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("scales", lambda a: a.astype(mx.float16), "biases is BF16 [256, 2], expected F16 [256, 2]"),
+        ("scales", lambda a: a.astype(mx.int16), "scales is I16 [256, 2], expected BF16 [256, 2]"),
+        ("biases", lambda a: a.T, "biases is BF16 [2, 256], expected BF16 [256, 2]"),
+        ("biases", lambda a: None, "biases is missing, expected BF16 [256, 2]"),
+    ],
+)
+def test_parts_that_do_not_belong_together(tmp_path: Path, part: str, change: Callable, said: str) -> None:
+    path = stock(tmp_path, "llama")
+    arrays, name = mx.load(str(path / "model.safetensors")), f"model.layers.0.mlp.up_proj.{part}"
+    changed = change(arrays.pop(name))
+    mx.save_safetensors(str(path / "model.safetensors"), arrays | ({} if changed is None else {name: changed}))
+    (path / "model.safetensors.index.json").unlink()
+    with pytest.raises(SourceError, match=re.escape(f"model.layers.0.mlp.up_proj.{said}")):
         open_source(path)
