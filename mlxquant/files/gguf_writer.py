@@ -18,7 +18,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT as ALIGNMENT
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from mlxquant.errors import PlanError
-from mlxquant.files.gguf_file import BLOCKS
+from mlxquant.files.gguf_file import BLOCKS, PARTS_LIMIT, STRING_LIMIT_BYTES
 from mlxquant.files.reading import shown
 from mlxquant.files.shards import Shard
 
@@ -27,7 +27,6 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 # The value of the key `sealed`, until the sha256 it is to hold is known.
 UNSEALED = "0" * 64
 NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME, with a zero at its end
-_PARTS_LIMIT = 2**16 - 1  # split.count is a uint16
 
 _KINDS = {
     np.dtype(np.uint8): GGUFValueType.UINT8,
@@ -104,13 +103,14 @@ def _written(
     for key, value in keys.items():
         if key != ARCHITECTURE:  # the writer begins with it
             kind, inner = value_type(key, value)
+            _check_texts(key, value)
             writer.add_key_value(key, value.tolist() if isinstance(value, np.ndarray) else value, kind, inner)
     for spec in tensors:
         kind = GGMLQuantizationType[spec.type_name]
         writer.add_tensor_info(spec.name, spec.shape, np.dtype(np.float32), spec.nbytes, kind)
     parts = [list(part) for part in writer.tensors]
-    if len(parts) > _PARTS_LIMIT:
-        raise PlanError(f"{len(parts)} parts, expected at most {_PARTS_LIMIT}", hint="use a larger --split-max-size")
+    if len(parts) > PARTS_LIMIT:
+        raise PlanError(f"{len(parts)} parts, expected at most {PARTS_LIMIT}", hint="use a larger --split-max-size")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -134,6 +134,14 @@ def value_type(key: str, value: Any) -> tuple[GGUFValueType, GGUFValueType | Non
     if isinstance(value, list) and value and all(isinstance(item, bool) for item in value):
         return GGUFValueType.ARRAY, GGUFValueType.BOOL
     raise PlanError(f"key {shown(key)}: GGUF has no type for {shown(repr(value))}")
+
+
+def _check_texts(key: str, value: Any) -> None:
+    """Nothing is written that GGUFFile does not read."""
+    texts = value if isinstance(value, list) else [value]
+    longest = max((len(text.encode()) for text in texts if isinstance(text, str)), default=0)
+    if longest > STRING_LIMIT_BYTES:
+        raise PlanError(f"key {shown(key)}: a text of {longest} bytes, expected at most {STRING_LIMIT_BYTES}")
 
 
 def _check_name(name: str) -> None:

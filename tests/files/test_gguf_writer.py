@@ -151,3 +151,11 @@ def test_parts_that_do_not_belong_together(tmp_path):
     paths[3].write_bytes(paths[2].read_bytes())
     with pytest.raises(SourceError, match="is not part 4 of"):
         GGUFFile(paths[0])
+
+
+def test_what_our_own_reader_would_refuse_is_not_written():
+    for texts in ("ü" * 2_000_001, ["a", "x" * 4_000_001]):
+        with pytest.raises(PlanError, match=r"key 'a\.key': a text of 400000[12] bytes, expected at most 4000000"):
+            lay_out("m.gguf", METADATA | {"a.key": texts}, TENSORS)
+    with pytest.raises(PlanError, match="1001 parts, expected at most 1000"):
+        lay_out("m.gguf", METADATA, [GGUFSpec(f"t{i}", (3,), "F32") for i in range(1001)], limit_bytes=1)
