@@ -81,9 +81,10 @@ def command(
 
 def stock_rows(path: Path, wanted: Any, repeats: int) -> list[Row]:
     """Stock mlx-lm goes first, in a process that has ended before ours loads: two copies might not fit."""
+    from mlxquant.convert.sources import is_gguf
     from mlxquant.measure.stock import stock_rows as run
 
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         raise UsageError(f"{path}: stock mlx-lm reads no GGUF file", hint="convert it first, then bench the folder")
     with waiting(f"Timing {path.name} under stock mlx-lm, in a process of its own"):
         return run(path, wanted, repeats)

@@ -12,7 +12,7 @@ from mlxquant import __version__
 from mlxquant.convert.block_rows import BlockRows, CheckpointRows, GGUFRows
 from mlxquant.convert.gather import refuse_shifted_norms
 from mlxquant.convert.sidecars import ends_of, read_small
-from mlxquant.convert.sources import OpenSource, open_source
+from mlxquant.convert.sources import OpenSource, is_gguf, open_source
 from mlxquant.errors import UsageError
 from mlxquant.families.gguf_keys import file_keys, quantized_keys
 from mlxquant.files.imatrix import Imatrix
@@ -45,7 +45,7 @@ def open_job(
     allow_requantize: bool = False,
 ) -> GGUFJob:
     """Reads headers and small files. Raises SourceError, UnsupportedError, PlanError and UsageError."""
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         return _from_checkpoint(open_source(path, origin), settings, imatrix, pre, allow_requantize)
     if pre is not None:
         raise UsageError(f"--pre {pre}: a GGUF source keeps its tokenizer as it is", hint="leave it out")

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mlxquant.errors import UsageError
+from mlxquant.files.reading import shown
+
 NAME = "Modelfile"
 # Ollama reserves memory for so many tokens at once; the model's own limit may be far more than a Mac holds.
 CONTEXT_TOKENS = 8192
@@ -18,7 +21,12 @@ _ENDS = ("eos", "eot", "eom")
 
 
 def modelfile(file: str, metadata: Mapping[str, Any], ends: Iterable[int] = ()) -> bytes:
-    """For the GGUF file `file` in the same folder. `ends`: token ids that end an answer, beside those in `metadata`."""
+    """For the GGUF file `file` in the same folder. `ends`: token ids that end an answer, beside those in `metadata`.
+
+    Raises UsageError for a name that no line of text can hold.
+    """
+    if not file.isprintable():
+        raise UsageError(f"--modelfile: no line can name {shown(file)}", hint="choose another output name")
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{file}"]
     context = metadata.get(f"{metadata['general.architecture']}.context_length")
     if context is not None:

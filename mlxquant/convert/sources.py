@@ -52,13 +52,18 @@ class FolderSource:
         return folder_sidecars(self.path)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether to read it as a GGUF file: some write MODEL.GGUF, and a folder may be called anything."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
 def open_source(path: Path, origin: dict[str, Any] | None = None) -> OpenSource:
     """A folder or a .gguf file. Raises SourceError naming what is wrong with it."""
     if path.is_dir():
         from mlxquant.convert.mlx_source import MLXSource, is_quantized
 
         return MLXSource(path, origin) if is_quantized(path) else FolderSource(path, origin)
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         from mlxquant.convert.gguf_source import GGUFSource
 
         return GGUFSource(path, origin)

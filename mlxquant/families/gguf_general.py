@@ -7,6 +7,7 @@ them is somebody else's text, so here every value is looked at before it becomes
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
@@ -55,6 +56,7 @@ def general_keys(
     import gguf  # 0.2 s
     from gguf.metadata import Metadata
 
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)  # gguf's: it tells stderr what it makes nothing of
     total, *others = count_parameters(shapes)
     # Only the name of the path is looked at.
     path = PurePosixPath(name.replace("/", "-") or "model")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxquant.convert.sources import is_gguf
 from mlxquant.errors import MlxquantError, SourceError, UnsupportedError, UsageError
 from mlxquant.families.mlx_config import mlx_config
 from mlxquant.files.hf_folder import HFFolder
@@ -95,7 +96,7 @@ def load_model(
     if expand == "on" and not on_cpu:
         raise UsageError("weights are expanded on a CPU device only", hint="add --device cpu, or leave --expand out")
     file: GGUFModel | None = None
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         loaded, file = _open_gguf(path)
     else:
         loaded = _open_folder(path)
