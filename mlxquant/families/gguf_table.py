@@ -140,8 +140,13 @@ def gguf_name(arch: Arch, name: str) -> str:
     return f"blk.{layer}.{found}{ending}" if layer else f"{found}{ending}"
 
 
+def layer_of(name: str) -> int:
+    """3 for blk.3.attn_q.weight, -1 for what belongs to no layer."""
+    layer = re.match(r"blk\.(\d+)", name)
+    return int(layer[1]) if layer else -1
+
+
 def order(name: str) -> tuple[int, str]:
     """Sort key of a GGUF file's tensors: those without a layer, then by layer, then by name (src/llama-model-loader.h,
     weight_name_comparer; llama-quantize writes and counts in this order)."""
-    layer = re.match(r"blk\.(\d+)\.", name)
-    return int(layer[1]) if layer else -1, name
+    return layer_of(name), name

@@ -7,12 +7,12 @@ tensors are asked for in the file's order (`gguf_types.order`), and only those t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlxquant.errors import PlanError
+from mlxquant.families.gguf_table import layer_of
 
 TOKEN_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 # Categories by what stands in the name, the first that fits (tensor_get_category). Fused attn_qkv and MLA's
@@ -171,12 +171,6 @@ class Mixture:
 def more_bits(i: int, n: int) -> bool:
     """The first and last eighth, and every third in between (use_more_bits)."""
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
-
-def layer_of(name: str) -> int:
-    """3 for blk.3.attn_q.weight, -1 for what belongs to no layer."""
-    found = re.match(r"blk\.(\d+)", name)
-    return int(found[1]) if found else -1
 
 
 def _first(value: Any) -> int:

@@ -27,6 +27,7 @@ from mlxquant.plan.gguf_types import (
     IMPORTANCE_TYPES,
     TypeSettings,
     allows_quantization,
+    few,
     order,
     tensor_types,
 )
@@ -183,7 +184,7 @@ def plan_checkpoint(
     refuse_quantized_source(_without_mxfp4(config))
     if rounded and settings.rounds and not allow_requantize:
         raise PlanError(
-            f"{_few(list(rounded))}: {_kinds(rounded.values())} in the source, and quantizing them again adds a "
+            f"{few(list(rounded))}: {_kinds(rounded.values())} in the source, and quantizing them again adds a "
             "second loss",
             hint="start from the full-precision model, or add --allow-requantize",
         )
@@ -213,9 +214,9 @@ def _checkpoint_remarks(
     settings: TypeSettings, laid_out: Layout, kept: Mapping[str, str], rounded: Mapping[str, str]
 ) -> Iterable[str]:
     if kept:
-        yield f"{_few(list(kept))}: MXFP4 in the source, copied exactly (--allow-requantize quantizes them again)"
+        yield f"{few(list(kept))}: MXFP4 in the source, copied exactly (--allow-requantize quantizes them again)"
     if rounded:
-        yield f"{_few(list(rounded))}: {_before(rounded.values(), settings.rounds)}"
+        yield f"{few(list(rounded))}: {_before(rounded.values(), settings.rounds)}"
     for reason, count in Counter(reason for _, reason in laid_out.dropped).items():
         yield f"{count} tensors left out: {reason}"
 
@@ -247,10 +248,10 @@ def plan_gguf(
     if again and settings.rounds and not allow_requantize:
         kinds = _kinds(source_types[name] for name in again)
         raise PlanError(
-            f"{_few(again)}: {kinds} in the source, and quantizing them again adds a second loss",
+            f"{few(again)}: {kinds} in the source, and quantizing them again adds a second loss",
             hint="start from an F32, F16 or BF16 file of this model, or add --allow-requantize",
         )
-    remarks = [f"{_few(again)}: {_before((source_types[n] for n in again), settings.rounds)}"] if again else []
+    remarks = [f"{few(again)}: {_before((source_types[n] for n in again), settings.rounds)}"] if again else []
     return replace(plan, remarks=(*plan.remarks, *remarks), allow_requantize=allow_requantize)
 
 
@@ -320,7 +321,3 @@ def _before(formats: Iterable[str], rounds: bool) -> str:
 def _kinds(formats: Iterable[str]) -> str:
     """'4g32, 8g32': the most frequent first."""
     return ", ".join(name for name, _ in Counter(formats).most_common())
-
-
-def _few(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

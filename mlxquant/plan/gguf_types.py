@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxquant.errors import PlanError, UsageError
+from mlxquant.families import gguf_table
 from mlxquant.files.gguf_file import BLOCKS
-from mlxquant.plan.gguf_mixtures import TOKEN_EMBEDDINGS, Mixture, category, layer_of, model
+from mlxquant.plan.gguf_mixtures import TOKEN_EMBEDDINGS, Mixture, category, model
 
 # name -> (general.file_type, type of most tensors). llama.h, enum llama_ftype; llama_ftype_get_default_type.
 FILE_TYPES: dict[str, tuple[int, str]] = {
@@ -134,11 +135,8 @@ def _tensor_type(text: str, where: str) -> str:
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """The order of tensors in a file of llama-quantize: without a layer first, then by layer, then by name.
-
-    weight_name_comparer, src/llama-model-loader.h.
-    """
-    return sorted(names, key=lambda name: (layer_of(name), name.encode()))
+    """The order of tensors in a file of llama-quantize."""
+    return sorted(names, key=gguf_table.order)
 
 
 def allows_quantization(name: str, shape: tuple[int, ...]) -> bool:
