@@ -107,7 +107,7 @@ class Wish:
     cls=SectionOption,
     section=GGUF,
     metavar="TYPE",
-    help=f"llama.cpp's file type: {', '.join(FILE_TYPES)}.",
+    help=f"llama.cpp's file type, upper or lower case: {', '.join(FILE_TYPES)}.",
 )
 @click.option(
     "--tensor-type",

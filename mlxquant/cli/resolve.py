@@ -40,6 +40,8 @@ def resolve_source(source: str, revision: str | None = None) -> tuple[Path, dict
             f"{source!r} is neither a path that exists nor a Hub id",
             hint="give a model folder, a .gguf file, or an id like org/name",
         )
+    if source.endswith(".gguf") and source.count("/") == 1:  # a file that is not there, before any repository
+        raise UsageError(f"{source}: no such file", hint="a file on the Hub is written like org/name/file.gguf")
     return _pull(source, revision)
 
 

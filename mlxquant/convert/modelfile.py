@@ -1,7 +1,8 @@
 """Ollama's Modelfile for a GGUF file: what it does not read from the file itself.
 
-Ollama finds the chat template in the GGUF file where it knows it (template/template.go, Named); a TEMPLATE of ours
-would be Go's language, not Jinja, and would only ever be a worse one.
+Ollama takes the GGUF file's chat template where it is close to one it knows (server/model.go, detectChatTemplate;
+template/template.go, Named), and else sends the bare prompt. A TEMPLATE of ours would have to be in Go's language, not
+Jinja, and would be a guess: so a comment tells where to look.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def modelfile(file: str, metadata: Mapping[str, Any], ends: Iterable[int] = ()) 
     if not file.isprintable():
         raise UsageError(f"--modelfile: no line can name {shown(file)}", hint="choose another output name")
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{file}"]
+    if "tokenizer.chat_template" in metadata:
+        lines += ["# If `ollama show --template NAME` says only {{ .Prompt }}, Ollama does not know the file's chat",
+                  "# template: add a TEMPLATE \"\"\"...\"\"\" here, in Go's template language."]  # fmt: skip
     context = metadata.get(f"{metadata['general.architecture']}.context_length")
     if context is not None:
         lines += [f"# the model itself reads up to {int(context)} tokens"]

@@ -187,6 +187,8 @@ def test_a_modelfile_beside_it(source, tmp_path):
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert "FROM ./m.gguf" in lines
     assert 'PARAMETER stop "<|im_end|>"' in lines
+    assert any("ollama show --template" in line for line in lines)
+    assert all(line.startswith(("#", "FROM ", "PARAMETER ")) for line in lines)
     assert f"ollama create NAME -f {tmp_path / 'Modelfile'}" in result.out
     refused(
         mlxquant("convert", source, "-o", tmp_path / "n.gguf", "--type", "f16", "--modelfile"), "Modelfile: already"

@@ -105,6 +105,13 @@ def test_a_repo_that_is_not_there(fake_hub: FakeHub, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gguf_path_that_is_not_there_is_not_looked_up_on_the_hub(fake_hub: FakeHub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command, *options in (["generate", "-p", "hello"], ["inspect"]):
+        refused(mlxquant(command, "models/m.gguf", *options), "models/m.gguf", "org/name/file.gguf", code=2)
+    assert fake_hub.record == []
+
+
 def test_vision_parts_are_said_to_be_left_out(tmp_path):
     folder = tiny.make(tmp_path / "m", "gemma3")
     result = mlxquant("convert", folder, "-o", tmp_path / "out", "--group-size", "32")
