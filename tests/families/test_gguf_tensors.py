@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
