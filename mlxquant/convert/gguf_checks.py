@@ -45,7 +45,7 @@ class WrittenGGUF:
 
 
 def open_written_gguf(path: Path) -> WrittenGGUF:
-    """Raises SourceError when the file cannot be read or was not written by mlxquant."""
+    """Raises SourceError when the file cannot be read, was not written by mlxquant, or not last."""
     file = GGUFFile(path)
     if missing := [key for key in (VERSION, SETTINGS, SOURCE, PLAN, TENSORS) if key not in file.metadata]:
         raise SourceError(
@@ -57,10 +57,19 @@ def open_written_gguf(path: Path) -> WrittenGGUF:
         names = ("output_tensor_type", "token_embedding_type", "pure")
         overrides = [f"{pattern}={type_name}" for pattern, type_name in extra["tensor_types"]]
         settings = type_settings(extra["file_type"], tensor_types=overrides, **{name: extra[name] for name in names})
-        _ = extra["source_dtype"], extra["allow_requantize"], extra["imatrix_sha256"], extra["pre"]
+        _ = extra["source_dtype"], extra["allow_requantize"], extra["imatrix_sha256"]
+        if not isinstance(extra["pre"], str | None):
+            raise ValueError(f"pre is {extra['pre']!r}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, MlxquantError) as error:
         what = shown(one_line(error))
         raise SourceError(f"{path}: {SETTINGS} cannot be read: {what}", hint="convert again") from error
+    if (found := file.metadata.get(_FILE_TYPE)) != settings.file_type_id:
+        # llama-quantize keeps all keys that it does not know.
+        raise SourceError(
+            f"{path}: {_FILE_TYPE} is {shown(found)}, and mlxquant wrote {settings.file_type_id} "
+            f"({settings.file_type}): another tool has rewritten the file since",
+            hint="verify the file that `mlxquant convert` wrote; what was made of it, nothing here can prove",
+        )
     return WrittenGGUF(file, settings, extra, source)
 
 
@@ -109,11 +118,8 @@ def refuse_other_imatrix(written: WrittenGGUF, imatrix: Imatrix | None) -> None:
 
 
 def check_keys(written: WrittenGGUF) -> Check:
-    """What a loader relies on: file type, order, a token for each row of the embedding at most."""
+    """What a loader relies on: order, a token for each row of the embedding at most."""
     keys, tensors = written.file.metadata, written.file.tensors
-    if keys.get(_FILE_TYPE) != written.settings.file_type_id:
-        said = shown(keys.get(_FILE_TYPE))
-        return Check("keys", False, f"{_FILE_TYPE} is {said}, expected {written.settings.file_type_id}")
     if list(tensors) != order(tensors):
         return Check("keys", False, "the tensors are not in llama.cpp's order")
     tokens, rows = keys.get(_TOKENS), tensors[_EMBEDDING].rows if _EMBEDDING in tensors else 0

@@ -281,13 +281,27 @@ def test_verify_finds_any_changed_byte(folder, tmp_path):
         path.write_bytes(good[:at] + bytes([byte]) + good[at + 1 :])
         names = failed(path, folder)
         assert set(expected) <= set(names), (at, names)
-    path.write_bytes(good.replace(b'"file_type": "Q4_K_M"', b'"file_type": "Q4_K_S"'))
+    path.write_bytes(good.replace(b'"pure": false', b'"pure": true '))
     assert "types" in failed(path)
+    path.write_bytes(good.replace(b'"pre": null', b'"pre": 1234'))
+    with pytest.raises(SourceError, match="cannot be read: 'pre is 1234'"):
+        failed(path)
     path.write_bytes(good.replace(b'"file_type": "Q4_K_M"', b'"file_type": "Q4_K_X"'))
     with pytest.raises(SourceError, match="cannot be read"):
         failed(path)
     path.write_bytes(good[:-32])
     with pytest.raises(SourceError, match="ends at byte"):
+        failed(path)
+
+
+def test_verify_says_that_another_tool_has_rewritten_the_file(folder, tmp_path):
+    """llama-quantize writes another file type and keeps the keys that it does not know, ours among them."""
+    path = write(folder, tmp_path / "m.gguf", "BF16")
+    key = b"general.file_type" + (4).to_bytes(4, "little")
+    old, new = (key + n.to_bytes(4, "little") for n in (32, 7))
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(SourceError, match=r"file_type is 7, and mlxquant wrote 32 \(BF16\): another tool has rewritten"):
         failed(path)
 
 
