@@ -130,7 +130,8 @@ def _encode(tensor: PlannedBlocks, raw: Array, code: str, importance_I: Array | 
         ) from error
     if (row := row_without_scale(blocks, tensor.type_name)) >= 0:
         raise SourceError(
-            f"{tensor.name}: row {start + row}: weights too large for the float16 scales of {tensor.type_name}",
+            f"{tensor.name}: row {start + row}: weights{'' if importance_I is None else ', or their importance,'} "
+            f"too large for the float16 scales of {tensor.type_name}",
             hint=f"download the file again, or keep the tensor: --tensor-type '{tensor.name}=BF16'",
         )
     return blocks

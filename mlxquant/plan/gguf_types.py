@@ -123,7 +123,7 @@ def _parse_override(text: str) -> tuple[str, str]:
         )
     try:
         re.compile(pattern.lower())
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"--tensor-type {text!r}: {pattern!r} is no regular expression ({error})") from error
     return pattern.lower(), _tensor_type(type_name, f"--tensor-type {text!r}:")
 

@@ -91,7 +91,7 @@ def _parse_set(text: str) -> tuple[str, Codec]:
         raise UsageError(f"--set {text!r} has no '='", hint="write it like --set 'down_proj=8g32' or 'lm_head=keep'")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"--set {text!r}: {pattern!r} is no regular expression ({error})") from error
     return pattern, parse_codec(codec)
 

@@ -10,6 +10,7 @@ from mlxquant.convert.block_rows import CheckpointRows, encode_blocks
 from mlxquant.convert.gguf_job import open_job
 from mlxquant.errors import SourceError
 from mlxquant.families.layout import Target
+from mlxquant.files.imatrix import Imatrix
 from mlxquant.plan.gguf_plan import PlannedBlocks
 from mlxquant.plan.gguf_types import type_settings
 from tests.tiny import make
@@ -46,3 +47,10 @@ def test_shifted_norms_are_not_rounded_to_the_sources_dtype(tmp_path) -> None:
     stored = load_file(folder / "model.safetensors")["model.norm.weight"].astype(np.float32)
     assert isinstance(job.rows, CheckpointRows)
     np.testing.assert_array_equal(job.rows.read(tensor, 0, 1).reshape(-1), stored + np.float32(1))
+
+
+def test_importance_that_overflows_is_named_as_a_cause() -> None:
+    tensor = PlannedBlocks(Target("blk.0.ffn_up.weight", (1, 256), "F32", ()), "Q4_K", "F32", importance=True)
+    entries = {tensor.name: np.full((1, 256), 3e38, np.float32)}
+    with pytest.raises(SourceError, match="row 0: weights, or their importance, too large for the float16 scales"):
+        encode_blocks(tensor, Imatrix("i.dat", entries, (), 1), np.linspace(-1, 1, 256, dtype=np.float32)[None], 0)

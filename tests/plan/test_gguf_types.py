@@ -251,6 +251,8 @@ def test_q2_k_s_needs_importance_for_each_of_its_tensors():
         ({"file_type": "Q4_K_M", "tensor_types": ["=q8_0"]}, "has no '='"),
         ({"file_type": "Q4_K_M", "tensor_types": ["ffn=Q4_K_M"]}, "'Q4_K_M' is no type of a tensor"),
         ({"file_type": "Q4_K_M", "tensor_types": ["ffn[=q8_0"]}, "no regular expression"),
+        ({"file_type": "Q4_K_M", "tensor_types": ["(" * 9999 + ")" * 9999 + "=q8_0"]}, "no regular expression"),
+        ({"file_type": "Q4_K_M", "tensor_types": [f"a{{{10**20}}}=q8_0"]}, "no regular expression"),
         ({"file_type": "Q4_K_M", "tensor_types": [r"ffn_\Sown=q8_0"]}, "lower-cased"),
         ({"file_type": "Q4_K_M", "output_tensor_type": "q9"}, "--output-tensor-type 'q9'"),
         ({"file_type": "Q4_K_M", "token_embedding_type": ""}, "--token-embedding-type ''"),
