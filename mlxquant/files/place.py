@@ -106,7 +106,7 @@ class FilesPlace:
                 )
             if source is not None and source.exists() and path.exists() and path.samefile(source):
                 raise TargetError(f"{path}: is the source file", hint="choose another name")
-            if force and path.suffix == ".gguf" and path.exists() and _first_bytes(path) not in (_MAGIC, b""):
+            if force and path.suffix.lower() == ".gguf" and path.exists() and _first_bytes(path) not in (_MAGIC, b""):
                 raise TargetError(
                     f"{path}: is not replaced, since it is no GGUF file", hint="remove it or choose another name"
                 )

@@ -37,3 +37,11 @@ def test_the_gguf_package_prints_nothing_of_a_card_it_cannot_read(tmp_path, capf
     (folder / "README.md").write_text("---\nbase_model: [null, 5]\n---\n")
     assert mlxquant("convert", folder, "-o", tmp_path / "m.gguf", "--type", "F16").err == ""
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["notes.gguf", "NOTES.GGUF"])
+def test_force_replaces_gguf_files_only(source, tmp_path, name):
+    (tmp_path / name).write_text("my notes")
+    result = mlxquant("convert", source, "-o", tmp_path / name, "--type", "F16", "--force")
+    refused(result, "is not replaced, since it is no GGUF file")
+    assert (tmp_path / name).read_text() == "my notes"
