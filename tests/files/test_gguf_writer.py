@@ -102,6 +102,11 @@ def test_what_is_written_is_read_back_with_its_types(tmp_path, limit_bytes):
         assert (file.typed["split.tensors.count"].dtype, file.metadata["split.tensors.count"]) == (np.int32, 5)
 
 
+def test_what_just_fits_is_not_split():
+    nbytes = sum(spec.nbytes for spec in TENSORS)
+    assert [len(lay_out("m.gguf", METADATA, TENSORS, limit)) for limit in (nbytes, nbytes - 1)] == [1, 2]
+
+
 def test_other_parts_have_nothing_but_their_number(tmp_path):
     fields = gguf.GGUFReader(write(tmp_path / "m", 500)[2]).fields
     assert {key for key in fields if not key.startswith("GGUF.")} == {"split.no", "split.count", "split.tensors.count"}
@@ -130,9 +135,10 @@ def test_values_without_a_type(value):
         lay_out("m.gguf", METADATA | {"a.key": value}, TENSORS)
 
 
-def test_a_name_that_llama_cpp_would_not_load():
+@pytest.mark.parametrize("name", ["n" * 64, "ü" * 32])
+def test_a_name_that_llama_cpp_would_not_load(name):
     with pytest.raises(PlanError, match="has 64 bytes"):
-        lay_out("m.gguf", METADATA, [GGUFSpec("n" * 64, (3,), "F32")])
+        lay_out("m.gguf", METADATA, [GGUFSpec(name, (3,), "F32")])
 
 
 def test_a_source_that_was_split_or_aligned_otherwise(tmp_path):
