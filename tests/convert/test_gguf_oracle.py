@@ -119,3 +119,4 @@ def test_files_of_real_models(name: str, tmp_path: Path) -> None:
         flags = ("--imatrix", matrices[form]) if form else ()
         oracle.quantize(base, tmp_path / "theirs.gguf", type_name, *flags)
         compare(type_name, tmp_path / "theirs.gguf", convert(folder, tmp_path / "ours.gguf", type_name, *flags))
+    base.unlink()  # pytest keeps what a passed test leaves
