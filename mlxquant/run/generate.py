@@ -7,12 +7,13 @@ one allowed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxquant.errors import UsageError
+from mlxquant.errors import SourceError, UsageError
 from mlxquant.run.sampling import Sampling
 
 # Prompt tokens fed at once. On a GPU as in mlx-lm. On a CPU attention makes its score matrix, so that smaller
@@ -66,7 +67,8 @@ class Generation(Iterator[Token]):
     on_progress  called with (prompt tokens done, prompt tokens) before each chunk and after the last
     stop         asked between chunks and between tokens; True ends the run with the cache as `fed` says
 
-    Greedy tokens are those of `mlx_lm.generate` with the same model and prefill step. Raises UsageError.
+    Greedy tokens are those of `mlx_lm.generate` with the same model and prefill step. Raises UsageError, and
+    SourceError when the model's logits are NaN: argmax would go on with token 0.
 
     stats    times and counts so far
     fed      token ids that are in the cache because of this run, in order
@@ -131,6 +133,11 @@ class Generation(Iterator[Token]):
             final = self._max_tokens is not None and self.stats.generated_tokens + 1 >= self._max_tokens
             following = None if final else self._step(current[0])
             token = Token(int(current[0].item()), float(current[1].item()))
+            if math.isnan(token.logprob):
+                raise SourceError(
+                    "the model's logits are NaN: weights are damaged, or too large for the dtype it runs in",
+                    hint="`mlxquant verify` finds damaged weights; convert or download the model again",
+                )
             if following:
                 self.fed.append(token.id)
             self.intact = True

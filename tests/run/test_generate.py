@@ -5,7 +5,7 @@ import time
 import mlx.core as mx
 import pytest
 
-from mlxquant.errors import UsageError
+from mlxquant.errors import SourceError, UsageError
 from mlxquant.run.cache import plan_cache
 from mlxquant.run.generate import generate
 from mlxquant.run.model import load_model
@@ -185,3 +185,11 @@ def test_sampled_tokens_repeat_with_the_seed(folders):
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+
+
+def test_logits_that_are_nan_end_the_run():
+    """argmax takes token 0 from them, again and again."""
+    model = Successor()
+    run = generate(lambda tokens, cache: model(tokens, cache) * float("nan"), [3], model.make_cache(), max_tokens=4)
+    with pytest.raises(SourceError, match="logits are NaN"):
+        next(run)
