@@ -94,6 +94,7 @@ def encode_blocks(tensor: PlannedBlocks, imatrix: Imatrix | None, raw: Array, st
     Rows of a stack of experts each use their own expert's importance. Raises SourceError for NaN and infinity.
     """
     if tensor.copied:
+        _refuse_scales(tensor, raw, start)
         return raw
     code = _code(tensor, raw)
     if code not in DTYPES:
@@ -109,6 +110,13 @@ def encode_blocks(tensor: PlannedBlocks, imatrix: Imatrix | None, raw: Array, st
         for first in range(start // height * height, start + len(raw), height)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _refuse_scales(tensor: PlannedBlocks, blocks: Array, start: int) -> None:
+    if (row := row_without_scale(blocks, tensor.type_name)) >= 0:
+        raise SourceError(
+            f"{tensor.name}: row {start + row}: a scale that is NaN or infinite", hint="download the file again"
+        )
 
 
 def _code(tensor: PlannedBlocks, raw: Array) -> str:

@@ -35,6 +35,7 @@ from mlxquant.plan.plan import refuse_quantized_source
 from mlxquant.tensors import DTYPES, TensorSpec
 
 OWN_KEYS = "mlxquant."
+TOKEN_EMBEDDING = "token_embd.weight"
 MXFP4 = "MXFP4"  # gpt-oss's experts are published so: kept as they are, like any block that is already quantized
 
 
@@ -236,14 +237,16 @@ def plan_gguf(
     """
     _check_source(metadata, tensors)
     source_types = {name: tensor.type_name for name, tensor in tensors.items()}
-    kept = {
-        name: tensor.type_name
-        for name, tensor in tensors.items()
-        if not allows_quantization(name, tensor.shape) or tensor.type_name not in known_types()
-    }
+    kept = {n: tensor.type_name for n, tensor in tensors.items() if not allows_quantization(n, tensor.shape)}
     targets = [Target(name, tensor.shape, "F32", (Piece(name, 0, tensor.rows),)) for name, tensor in tensors.items()]
     keys = {k: v for k, v in metadata.items() if k not in SPLIT_KEYS and not k.startswith(OWN_KEYS)}
     plan = _planned(targets, quantized_keys(keys, settings.file_type_id), settings, source_types, kept, imatrix)
+    if unread := [t.name for t in plan.tensors if not t.copied and t.source_type not in known_types()]:
+        kinds = _kinds(source_types[name] for name in unread)
+        raise PlanError(
+            f"{few(unread)}: {kinds} in the source, which mlxquant does not read",
+            hint="start from an F32, F16 or BF16 file of this model",
+        )
     again = [t.name for t in plan.tensors if t.source_type not in FLOAT_TYPES and t.source_type != t.type_name]
     if again and settings.rounds and not allow_requantize:
         kinds = _kinds(source_types[name] for name in again)
@@ -267,6 +270,9 @@ def _check_source(metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]
             raise SourceError(f"GGUF key {shown(arch)}.{key}: found {shown(repr(value))}, expected an integer")
     if not any(tensor.nbytes for tensor in tensors.values()):
         raise SourceError("the GGUF file holds no weights", hint="a vocabulary alone cannot be quantized")
+    tokens, embedding = metadata.get("tokenizer.ggml.tokens"), tensors.get(TOKEN_EMBEDDING)
+    if isinstance(tokens, list) and embedding and len(tokens) > embedding.rows:
+        raise SourceError(f"GGUF tensor {TOKEN_EMBEDDING}: {embedding.rows} rows for {len(tokens)} tokens")
     if empty := [name for name, tensor in tensors.items() if not tensor.nbytes or not tensor.shape]:
         raise SourceError(f"GGUF tensor {shown(empty[0])} holds nothing", hint="take another file of this model")
 

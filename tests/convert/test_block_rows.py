@@ -54,3 +54,12 @@ def test_importance_that_overflows_is_named_as_a_cause() -> None:
     entries = {tensor.name: np.full((1, 256), 3e38, np.float32)}
     with pytest.raises(SourceError, match="row 0: weights, or their importance, too large for the float16 scales"):
         encode_blocks(tensor, Imatrix("i.dat", entries, (), 1), np.linspace(-1, 1, 256, dtype=np.float32)[None], 0)
+
+
+def test_blocks_that_pass_as_they_are_must_have_scales() -> None:
+    tensor = PlannedBlocks(Target("blk.0.ffn_up.weight", (600, 32), "F32", ()), "Q8_0", "Q8_0")
+    raw = np.zeros((8, 34), np.uint8)
+    assert encode_blocks(tensor, None, raw, 512) is raw
+    raw[3, :2] = 0x00, 0x7E
+    with pytest.raises(SourceError, match=r"blk\.0\.ffn_up\.weight: row 515: a scale that is NaN"):
+        encode_blocks(tensor, None, raw, 512)

@@ -137,6 +137,18 @@ def test_what_llama_quantize_leaves_alone_keeps_its_type():
         "output_norm.weight": "F16", "token_embd.weight": "Q6_K", "blk.0.odd": "I32"}  # fmt: skip
 
 
+def test_a_type_that_is_not_read_is_not_kept_for_another():
+    """llama-quantize stops there, too; a matrix of doubles in a Q4_K_M file is not what was asked for."""
+    with pytest.raises(PlanError, match=r"blk\.1\.ffn_down\.weight: F64 in the source, which mlxquant does not read"):
+        plan_gguf(KEYS, tensors(token_embd="F16", blk_1_ffn_down="F64"), type_settings("Q4_K_M"), allow_requantize=True)
+
+
+def test_more_tokens_than_the_embedding_has_rows():
+    keys = KEYS | {"tokenizer.ggml.tokens": ["a"] * 99999}
+    with pytest.raises(SourceError, match=r"token_embd\.weight: \d+ rows for 99999 tokens"):
+        plan_gguf(keys, tensors(token_embd="F16"), type_settings("Q4_K_M"))
+
+
 def test_file_type_and_split_keys():
     keys = {**KEYS, "general.file_type": np.uint32(1), "split.count": np.uint16(2), "mlxquant.version": "0"}
     metadata = plan_gguf(keys, tensors(token_embd="F16"), type_settings("Q4_K_M")).metadata
