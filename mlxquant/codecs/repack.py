@@ -35,12 +35,15 @@ def repack(raw: Array, type_name: str, width: int) -> tuple[Array, ...]:
     if codec.mode != "affine":
         return _repack_mx(raw, type_name, width, codec)
     w_OI = decode_rows(raw, type_name, width)
+    blocks = raw.reshape(-1, block(type_name)[1])
     if type_name in _SCALES:
-        blocks = raw.reshape(-1, block(type_name)[1])
-        scale, bias = (np.ascontiguousarray(x, np.float32).reshape(-1) for x in _SCALES[type_name](blocks))
+        with np.errstate(invalid="ignore"):  # refused by row, when all parts are made
+            made = _SCALES[type_name](blocks)
+        scale, bias = (np.ascontiguousarray(x, np.float32).reshape(-1) for x in made)
         return _with_scales(w_OI, scale, bias, codec)
     if type_name in _SUBSCALES:
-        sub = np.ascontiguousarray(_SUBSCALES[type_name](raw.reshape(-1, block(type_name)[1])), np.float32)
+        with np.errstate(invalid="ignore"):
+            sub = np.ascontiguousarray(_SUBSCALES[type_name](blocks), np.float32)
         return _aligned(w_OI, sub.reshape(-1), codec)
     return encode(w_OI, "F32", "F16", codec)
 

@@ -135,6 +135,8 @@ def llama3_scaling(factors: list[float], theta: float, head_dim: int) -> dict[st
     if len(factors) != head_dim // 2:
         raise SourceError(f"GGUF tensor rope_freqs.weight: {len(factors)} values, expected {head_dim // 2}")
     factor = max(factors)
+    if not factor > 0:
+        raise SourceError(f"GGUF tensor rope_freqs.weight: the largest value is {factor:g}, expected more than 0")
     for original, (low, high) in itertools.product(_ORIGINAL_TOKENS, _LOW_HIGH):
         expected = llama3_factors(theta, head_dim, factor, low, high, original)
         if all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(factors, expected, strict=True)):

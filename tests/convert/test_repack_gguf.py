@@ -10,6 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load
 
+from mlxquant.codecs.floats import NonFiniteError
+from mlxquant.codecs.ggml import block
+from mlxquant.codecs.repack import repack
 from mlxquant.codecs.repacked import REPACKED
 from mlxquant.convert.checks import check_folder
 from mlxquant.convert.gguf_source import GGUFSource
@@ -60,3 +63,12 @@ def test_a_damaged_scale_is_refused_with_tensor_and_row(tmp_path: Path) -> None:
         file.write(b"\xff\xff")
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight: row 5: a scale that is NaN"):
         to_mlx(GGUFSource(source.path), plan, tmp_path / "again")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q3_K", "IQ4_XS"])
+def test_an_infinite_scale_is_an_error_without_warnings(type_name: str) -> None:
+    raw = np.zeros((1, block(type_name)[1]), np.uint8)
+    raw[0, 1::2] = 0x7C  # halves at even places are infinite, codes and sub-scales are 0
+    with pytest.raises(NonFiniteError, match="a scale that is NaN"):
+        repack(raw, type_name, 256)

@@ -301,7 +301,7 @@ def test_verify_says_that_another_tool_has_rewritten_the_file(folder, tmp_path):
     old, new = (key + n.to_bytes(4, "little") for n in (32, 7))
     assert path.read_bytes().count(old) == 1
     path.write_bytes(path.read_bytes().replace(old, new))
-    with pytest.raises(SourceError, match=r"file_type is 7, and mlxquant wrote 32 \(BF16\): another tool has rewritten"):
+    with pytest.raises(SourceError, match=r"is 7, and mlxquant wrote 32 \(BF16\): another tool has rewritten the file"):
         failed(path)
 
 

@@ -215,6 +215,9 @@ def test_rope_factors_of_nobody_are_refused() -> None:
         hf_config(KEYS, shapes, factors)
     with pytest.raises(SourceError, match="15 values, expected 16"):
         hf_config(KEYS, shapes, factors[1:])
+    for value in (0.0, float("nan")):
+        with pytest.raises(SourceError, match="the largest value is"):
+            hf_config(KEYS, shapes, [value] * 16)
     with pytest.raises(SourceError, match="values were not given"):
         hf_config(KEYS, shapes)
 
