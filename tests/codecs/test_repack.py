@@ -9,7 +9,7 @@ import pytest
 
 from mlxquant.codecs.encode import decode
 from mlxquant.codecs.floats import NonFiniteError
-from mlxquant.codecs.ggml import block
+from mlxquant.codecs.ggml import ENCODED, block, decode_rows, encode_rows
 from mlxquant.codecs.reference import unpack
 from mlxquant.codecs.repack import repack
 from mlxquant.codecs.repacked import REPACKED
@@ -20,12 +20,22 @@ LOSSLESS = [name for name, repacked in REPACKED.items() if repacked.lossless]
 
 def made(type_name: str, seed: int = 0, scale: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
     """(raw blocks, what ggml decodes them to)."""
-    libgguf = pytest.importorskip("libgguf")
     w_OI = (np.random.default_rng(seed).standard_normal((24, WIDTH)) * scale).astype(np.float32)
-    kind = libgguf.GGMLQuantizationType[type_name]
+    raw = encoded(w_OI, type_name)
+    return raw, decoded(raw, type_name)
+
+
+def encoded(w_OI: np.ndarray, type_name: str) -> np.ndarray:
+    """By ggml, or by what is byte-equal to it: then it runs where libgguf has no wheel, too."""
     importance = np.ones(WIDTH, np.float32) if type_name.startswith("IQ") else None
-    raw = libgguf.quantize_rows(w_OI, kind, imatrix=importance)
-    return raw, gguf.dequantize(raw, gguf.GGMLQuantizationType[type_name])
+    if type_name in ENCODED:
+        return encode_rows(w_OI, "F32", type_name, importance)
+    libgguf = pytest.importorskip("libgguf")
+    return libgguf.quantize_rows(w_OI, libgguf.GGMLQuantizationType[type_name], imatrix=importance)
+
+
+def decoded(raw: np.ndarray, type_name: str) -> np.ndarray:
+    return gguf.dequantize(raw, gguf.GGMLQuantizationType[type_name])
 
 
 def nmse(reference: np.ndarray, other: np.ndarray) -> float:
@@ -84,16 +94,57 @@ def test_q5_k_codes_are_unchanged() -> None:
 
 @pytest.mark.parametrize("type_name", ["Q6_K", "Q3_K"])
 def test_zero_blocks_and_rows_of_one_size(type_name: str) -> None:
-    libgguf = pytest.importorskip("libgguf")
     w_OI = np.zeros((3, WIDTH), np.float32)
     w_OI[1] = 0.5
     w_OI[2, :16] = np.linspace(-1, 1, 16)  # one of two blocks of a group is zero
-    kind = libgguf.GGMLQuantizationType[type_name]
-    raw = libgguf.quantize_rows(w_OI, kind)
-    values = gguf.dequantize(raw, gguf.GGMLQuantizationType[type_name])
+    raw = encoded(w_OI, type_name)
+    values = decoded(raw, type_name)
     back = decode(repack(raw, type_name, WIDTH), "F16", REPACKED[type_name].codec)
     assert np.abs(back - values).max() <= 2e-3
     assert not back[0].any()
+
+
+@pytest.mark.parametrize("larger", [0, 1])
+@pytest.mark.parametrize(("type_name", "most"), [("Q6_K", 1e-6), ("Q3_K", 5e-6)])
+def test_of_two_blocks_the_one_with_the_larger_scale_stays_exact(type_name: str, most: float, larger: int) -> None:
+    """But for scales and biases in float16; min and max would make it ten times as much at least."""
+    w_OI = np.random.default_rng(0).standard_normal((24, WIDTH // 32, 2, 16)).astype(np.float32)
+    w_OI[:, :, 1 - larger] *= 0.05
+    raw = encoded(w_OI.reshape(24, WIDTH), type_name)
+    back = decode(repack(raw, type_name, WIDTH), "F16", REPACKED[type_name].codec)
+    found, values = (x.reshape(-1, 2, 16)[:, larger] for x in (back, decoded(raw, type_name)))
+    assert nmse(values, found) < most
+
+
+@pytest.mark.parametrize("type_name", ["Q6_K", "Q3_K"])
+def test_no_group_loses_more_than_by_rounding_between_its_least_and_greatest(type_name: str) -> None:
+    raw, values = made(type_name)
+    codec = REPACKED[type_name].codec
+    group = values.reshape(-1, 32)
+    lo, hi = np.minimum(group.min(1, keepdims=True), 0), np.maximum(group.max(1, keepdims=True), 0)
+    scale = ((hi - lo) / np.float32(2**codec.bits - 1)).astype(np.float16).astype(np.float32)
+    bias = (np.rint(lo / scale) * scale).astype(np.float16).astype(np.float32)
+    plain = np.clip(np.rint((group - bias) / scale), 0, 2**codec.bits - 1) * scale + bias
+    back = decode(repack(raw, type_name, WIDTH), "F16", codec).reshape(-1, 32)
+    ours, theirs = (np.square(found - group).sum(1) for found in (back, plain))
+    assert (ours <= theirs * np.float32(1.001)).all()
+
+
+def test_a_bias_beyond_float16_is_refused_with_its_row() -> None:
+    """Q8_0's scale of 1000 fits; its bias, 128 times that, does not."""
+    raw, _ = made("Q8_0")
+    raw[7, :2] = np.frombuffer(np.float16(1000).tobytes(), np.uint8)
+    with pytest.raises(NonFiniteError, match="too large for float16") as error:
+        repack(raw, "Q8_0", WIDTH)
+    assert error.value.row == 7
+
+
+def test_nvfp4_scales_that_are_nan_are_zero_as_in_ggml() -> None:
+    raw = np.random.default_rng(0).integers(0, 64, (4, WIDTH // 64 * 36)).astype(np.uint8)
+    raw[2, 1] = 0x7F
+    back = decode(repack(raw, "NVFP4", WIDTH), "F16", REPACKED["NVFP4"].codec)
+    assert np.array_equal(back, decode_rows(raw, "NVFP4", WIDTH))
+    assert not back[2, 16:32].any()
 
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_K", "Q6_K"])
