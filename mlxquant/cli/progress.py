@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
 
@@ -21,9 +22,9 @@ from rich.progress import (
 
 
 class ByteBar:
-    """A bar that counts bytes: `start(total, done)`, then `advance(n)`. A context manager."""
+    """A bar that counts bytes: `start(total, done)`, then `advance(n)`. A context manager. `transient`: it goes."""
 
-    def __init__(self, label: str, quiet: bool = False) -> None:
+    def __init__(self, label: str, quiet: bool = False, transient: bool = False) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,7 +33,8 @@ class ByteBar:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty())
+        off = quiet or not sys.stderr.isatty()
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=transient, disable=off)
         self._task = self._progress.add_task(label, total=None)
 
     def __enter__(self) -> Self:
@@ -49,6 +51,13 @@ class ByteBar:
 
     def advance(self, nbytes: int) -> None:
         self._progress.advance(self._task, nbytes)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While others print: a line of theirs would be written on the bar's own. For a transient bar."""
+        self._progress.stop()
+        yield
+        self._progress.start()
 
 
 # Below this a prompt is read before a bar could be.

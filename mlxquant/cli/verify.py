@@ -78,11 +78,12 @@ def folder_checks(
     opened = open_source(path, origin) if path else None
     total = sum(spec.nbytes for spec in open_written(out).folder.specs.values())
     passed = True
-    with ByteBar("Verifying", quiet=quiet) as bar:
+    with ByteBar("Verifying", quiet=quiet, transient=True) as bar:
         bar.start(total * (2 if opened else 1), 0)
         for check in check_folder(out, opened, bar.advance):
             passed = passed and check.ok
-            yield check.name, check.ok, check.detail
+            with bar.aside():
+                yield check.name, check.ok, check.detail
     if path and not no_logits and passed:
         yield logits(path, out)
 
@@ -97,10 +98,11 @@ def gguf_checks(
 
     path, origin = resolve_source(source, revision) if source else (None, None)
     entries = read_imatrix(imatrix) if imatrix else None
-    with ByteBar("Verifying", quiet=quiet) as bar:
+    with ByteBar("Verifying", quiet=quiet, transient=True) as bar:
         bar.start(open_written_gguf(out).nbytes * (2 if path else 1), 0)
         for check in check_gguf(out, path, origin, imatrix=entries, advance=bar.advance):
-            yield check.name, check.ok, check.detail
+            with bar.aside():
+                yield check.name, check.ok, check.detail
 
 
 def draw(name: str, ok: bool, detail: str) -> None:
