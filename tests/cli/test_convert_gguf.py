@@ -139,6 +139,9 @@ def test_an_importance_matrix(source, tmp_path):
     refused(mlxquant("convert", source, "-o", out, "--type", "q2_k_s"), "--imatrix")
     result = mlxquant("convert", source, "-o", out, "--type", "q2_k_s", "--imatrix", matrix)
     assert "with importance matrix" in result.out
+    listed = mlxquant("convert", source, "--dry-run", "--type", "q2_k_s", "--imatrix", matrix).out
+    types = dict(line.split()[0::3][:2] for line in listed.splitlines() if line.startswith(("blk.0.ffn_up", "token_")))
+    assert types == {"blk.0.ffn_up.weight": "Q2_K*", "token_embd.weight": "Q2_K"}
     keys = GGUFFile(out).metadata
     assert keys["quantize.imatrix.file"] == "wiki.imatrix.gguf"
     assert mlxquant("verify", out, "--source", source, "--imatrix", matrix).code == 0
@@ -193,6 +196,8 @@ def test_a_modelfile_beside_it(source, tmp_path):
     refused(
         mlxquant("convert", source, "-o", tmp_path / "n.gguf", "--type", "f16", "--modelfile"), "Modelfile: already"
     )
+    result = mlxquant("convert", source, "-o", out, "--type", "f16", "--modelfile", "--split-max-size", "5G", "--force")
+    assert result.code == 0  # it fits into one file
     result = mlxquant(
         "convert", source, "-o", tmp_path / "n.gguf", "--type", "f16", "--modelfile", "--split-max-size", "100K"
     )
