@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.convert import Wish, print_columns, print_written, stopped_in_one_line
-from mlxquant.cli.resolve import is_hub_id, resolve_source
+from mlxquant.cli.converting import Wish, print_columns, print_shares, print_written, stopped_in_one_line
+from mlxquant.cli.resolve import is_hub_id, resolve_headers, resolve_source
 from mlxquant.errors import UsageError
 from mlxquant.plan.gguf_types import TypeSettings, type_settings
 from mlxquant.units import format_bytes, format_count, parse_bytes
@@ -86,8 +86,6 @@ def plan_from_headers(wish: Wish, wanted: TypeSettings, imatrix: Imatrix | None,
 
         rows, _, _ = read_front(wish.source, wish.revision, GGUFRows, lambda found: found.front_bytes)
         return plan_gguf(rows.file.typed, rows.file.tensors, wanted, imatrix=imatrix, allow_requantize=allow_requantize)
-    from mlxquant.cli.convert import resolve_headers
-
     config, specs, rounded = resolve_headers(wish.source, wish.revision)
     return plan_checkpoint(config, specs, wanted, imatrix=imatrix, rounded=rounded, allow_requantize=allow_requantize)
 
@@ -157,10 +155,8 @@ def print_plan(plan: GGUFPlan, as_json: bool) -> None:
         (t.name, "x".join(map(str, t.target.shape)), t.source_type, t.type_name + "*" * t.importance, f"{t.nbytes:,}")
         for t in plan.tensors
     ]
-    sums = [("type", "bytes", "share")]
-    sums += [(name, f"{count:,}", f"{count / plan.nbytes:.1%}") for name, count in plan.bytes_by_type().items()]
     print_columns(rows)
     if any(t.importance for t in plan.tensors):
         click.echo("* with its entry of the importance matrix\n")
-    print_columns([*sums, ("total", f"{plan.nbytes:,}", "100.0%")], numbers=2)
+    print_shares("type", plan.bytes_by_type(), plan.nbytes)
     print_summary(plan)

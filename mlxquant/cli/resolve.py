@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import UsageError
+from mlxquant.tensors import TensorSpec
 
 
 def is_hub_id(text: str) -> bool:
@@ -43,6 +45,31 @@ def resolve_source(source: str, revision: str | None = None) -> tuple[Path, dict
     if source.endswith(".gguf") and source.count("/") == 1:  # a file that is not there, before any repository
         raise UsageError(f"{source}: no such file", hint="a file on the Hub is written like org/name/file.gguf")
     return _pull(source, revision)
+
+
+def resolve_headers(
+    source: str, revision: str | None
+) -> tuple[dict[str, Any], Mapping[str, TensorSpec], Mapping[str, str]]:
+    """Config, tensor specs and what is quantized already; for a Hub id from its headers alone."""
+    if not is_hub_id(source):
+        from mlxquant.convert.sources import open_source
+
+        opened = open_source(resolve(source, revision))
+        return opened.config, opened.specs, opened.quantized
+    if source.endswith(".gguf"):
+        from mlxquant.convert.gguf_source import GGUFSource
+        from mlxquant.hub.front import read_front
+
+        front, _, _ = read_front(source, revision, GGUFSource, lambda found: found.front_bytes)
+        return front.config, front.specs, front.quantized
+    from mlxquant.hub.headers import remote_specs
+    from mlxquant.plan.packed import as_floats
+
+    remote = remote_specs(source, revision)
+    if not isinstance(remote.config.get("quantization"), dict):
+        return remote.config, remote.specs, {}
+    config, specs, packed = as_floats(remote.config, remote.specs)
+    return config, specs, {name: weight.format for name, weight in packed.items()}
 
 
 def _pull(source: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
