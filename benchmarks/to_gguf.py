@@ -1,6 +1,6 @@
 """GGUF output against llama.cpp's own tools, in turn, in one run: wall time and peak resident memory.
 
-    MLXQUANT_LLAMA_CPP=FOLDER MLXQUANT_TORCH_PYTHON=PYTHON python benchmarks/gguf.py MODEL [--imatrix FILE] [--save]
+    MLXQUANT_LLAMA_CPP=FOLDER MLXQUANT_TORCH_PYTHON=PYTHON python benchmarks/to_gguf.py MODEL [--imatrix FILE] [--save]
 
 MODEL is a full-precision Hugging Face folder of a family that both know. FOLDER is llama.cpp with build/bin, PYTHON has
 what convert_hf_to_gguf.py needs; `make oracle` leaves both in .oracle/. Two threads on both sides. Compared:
@@ -127,7 +127,7 @@ def main() -> None:
     if weighted:
         rows["imatrix"] = runs.compare("the same with imatrix", "quantize_imatrix", "llama_quantize_imatrix")
     rows["from_checkpoint"] = runs.compare("checkpoint -> Q4_K_M", "one_step", "convert_hf", "llama_quantize")
-    report("gguf", {"model": options.model.name, "repeats": options.repeats, **rows}, options.save)
+    report("to_gguf", {"model": options.model.name, "repeats": options.repeats, **rows}, options.save)
 
 
 if __name__ == "__main__":
