@@ -32,15 +32,18 @@ def encode(raw_OI: Array, source_code: str, type_name: str, importance_I: Array,
     out = np.empty((rows, row_bytes), np.uint8)
     blocks = out.reshape(-1)
     kernel, largest = ENCODERS[type_name], _LARGEST.get(type_name, _FINITE)
-    load = _loader(raw_OI, source_code, width)
+    load, plain = _loader(raw_OI, source_code, width), _plain(raw_OI, source_code)
     tile_rows = max(1, _TILE // width)
 
     def work(start: int, stop: int) -> int:
-        tile = np.empty(min(tile_rows * width, stop - start), np.uint32)
+        tile = np.empty(0 if plain is not None else min(tile_rows * width, stop - start), np.uint32)
         for first in range(start // width, stop // width, tile_rows):
             last = min(first + tile_rows, stop // width)
-            bits = tile[: (last - first) * width]
-            load(first, last, bits)
+            if plain is not None:
+                bits = plain[first * width : last * width]
+            else:
+                bits = tile[: (last - first) * width]
+                load(first, last, bits)
             bad = int(_beyond(bits, largest))
             if bad >= 0:
                 return first * width + bad
@@ -52,6 +55,15 @@ def encode(raw_OI: Array, source_code: str, type_name: str, importance_I: Array,
         found = f"NaN, infinity, or a number too large for {type_name}" if type_name in _LARGEST else "NaN or infinity"
         raise NonFiniteError(bad // width, found)
     return out
+
+
+def _plain(raw_OI: Array, code: str) -> Array | None:
+    """float32 rows as flat bits where kernels can read them in place, which fast types feel. Kernels do not write
+    there; but of a read-only array numba would compile every one of them again, so its rows are copied.
+    """
+    flags = raw_OI.flags
+    in_place = code == "F32" and flags.c_contiguous and flags.aligned and flags.writeable
+    return raw_OI.view(np.uint32).reshape(-1) if in_place else None
 
 
 def _loader(raw_OI: Array, code: str, width: int) -> Callable[[int, int, Array], None]:

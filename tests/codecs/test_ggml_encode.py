@@ -253,3 +253,15 @@ def test_a_scale_that_overflows_is_found(type_name: str) -> None:
     assert row_without_scale(encode_rows(w_OI, "F32", type_name), type_name) == -1
     w_OI[3, 64:128] = np.linspace(3e9, 1e10, 64)  # at 1e30 some give finite garbage, as in ggml
     assert row_without_scale(encode_rows(w_OI, "F32", type_name), type_name) == 3
+
+
+@pytest.mark.parametrize("type_name", ENCODED)
+def test_rows_that_are_read_in_place_stay_as_they_are(type_name: str) -> None:
+    """Writable float32 rows are not copied before the kernels read them; read-only ones are, to the same blocks."""
+    w_OI = np.random.default_rng(4).standard_normal((40, 512)).astype(np.float32)
+    importance_I = np.random.default_rng(5).random(512, np.float32)
+    given, copied = w_OI.copy(), w_OI.copy()
+    copied.flags.writeable = False
+    blocks_ = [encode_rows(rows, "F32", type_name, importance_I).tobytes() for rows in (given, copied)]
+    assert blocks_[0] == blocks_[1]
+    assert given.tobytes() == w_OI.tobytes()
