@@ -67,12 +67,17 @@ def test_no_weights_are_downloaded(fake_hub: FakeHub, tmp_path: Path, head_pad: 
 def test_a_server_that_ignores_ranges_is_hung_up_on(fake_hub: FakeHub, tmp_path: Path, head_pad: int):
     fake_hub.add("org/model", big(tmp_path / "repo", head_pad))
     remote_specs("org/model")  # imports do not count
+    # The server, in this process, holds the file once, on a busy machine twice, as its first answer is slow to end; a
+    # client that read on would hold it again, each time. Hence the least of some tries.
+    assert min(peak_of_ignored_ranges(fake_hub) for _ in range(4)) < 60 * 10**6
+
+
+def peak_of_ignored_ranges(fake_hub: FakeHub) -> int:
     fake_hub.fail("safetensors", ignore_range=True, times=2)
     tracemalloc.start()
     try:
         assert remote_specs("org/model").specs["w"].nbytes == 40 * 10**6
-        # The server, in this process, holds the file once; a client that reads on would hold it again.
-        assert tracemalloc.get_traced_memory()[1] < 60 * 10**6
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
