@@ -1,14 +1,14 @@
 """One error tree. What a user can cause is drawn as one line (and one hint) at the top; the rest is our bug.
 
-    MlxquantError                    exit code 1
-    |-- UsageError                   exit code 2: the command line asks for something that does not exist
-    |-- SourceError                  what was given cannot be read: a header of lies, a missing shard
-    |   `-- UnsupportedError         it can be read, but its family, scheme or tensor is not one we know
-    |-- PlanError                    it can be read, but what was asked of it cannot be done
-    |-- TargetError                  the output cannot be written: exists, read-only, disk full
-    |-- VerifyError                  what was written is not what was planned
-    |-- MemoryBudgetError            the run would not fit this machine
-    `-- HubError                     the Hub said no, or could not be reached
+MlxquantError                    exit code 1
+|-- UsageError                   exit code 2: the command line asks for something that does not exist
+|-- SourceError                  what was given cannot be read: a header of lies, a missing shard
+|   `-- UnsupportedError         it can be read, but its family, scheme or tensor is not one we know
+|-- PlanError                    it can be read, but what was asked of it cannot be done
+|-- TargetError                  the output cannot be written: exists, read-only, disk full
+|-- VerifyError                  what was written is not what was planned
+|-- MemoryBudgetError            the run would not fit this machine
+`-- HubError                     the Hub said no, or could not be reached
 """
 
 

@@ -208,9 +208,7 @@ def stablelm(rng, width, layers, tied):
             m.norms(f"{p}self_attn.{name}_layernorm.norms.", *map(str, range(heads)), size=width // HEADS)
         m.mlp(f"{p}mlp.")
         m.norms(p, *PRE, bias=True)
-    return m.done(
-        head_dim=None, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.25, layer_norm_eps=1e-5
-    )
+    return m.done(head_dim=None, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.25, layer_norm_eps=1e-5)
 
 
 def glm4(rng, width, layers, tied):
@@ -324,9 +322,7 @@ def deepseek(version, q_lora=64):
             "v_head_dim": value,
         }
         counts = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": PER_TOKEN}
-        config, t = m.done(
-            head_dim=None, first_k_dense_replace=1, moe_intermediate_size=hidden, **latents, **counts
-        )
+        config, t = m.done(head_dim=None, first_k_dense_replace=1, moe_intermediate_size=hidden, **latents, **counts)
         return config | {"q_lora_rank": q_lora or None, "rope_scaling": YARN if version == 2 else None}, t
 
     return build
@@ -440,9 +436,7 @@ FAMILIES = {
     "cohere": cohere,
     "stablelm": stablelm,
     "glm4": glm4,
-    "mixtral": moe(
-        "mixtral", "MixtralForCausalLM", at="block_sparse_moe.", names=("w1", "w3", "w2"), derived=True
-    ),
+    "mixtral": moe("mixtral", "MixtralForCausalLM", at="block_sparse_moe.", names=("w1", "w3", "w2"), derived=True),
     "olmoe": moe("olmoe", "OlmoeForCausalLM", qk_norm="wide"),
     "qwen2_moe": moe(
         "qwen2_moe",

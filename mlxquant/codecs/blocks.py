@@ -51,9 +51,21 @@ def each_block(work: Callable[[int, int], int], count: int, tile: int = TILE) ->
     starts = range(0, count, block)
     if threads == 1 or len(starts) <= 1:
         return work(0, count) if count else -1
-    with ThreadPoolExecutor(threads) as pool:
-        stops = list(pool.map(lambda start: work(start, min(start + block, count)), starts))
-    return min((stop for stop in stops if stop >= 0), default=-1)
+    left = iter(starts)
+
+    def take() -> int:
+        stops = [work(start, min(start + block, count)) for start in left]
+        return min((stop for stop in stops if stop >= 0), default=count)
+
+    # This thread works too: starting another takes as long as encoding 200,000 weights of a simple format.
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(take) for _ in range(threads - 1)]
+        try:
+            lowest = take()
+        finally:  # where that was cut short, the others need not do what is left
+            list(left)
+    lowest = min([lowest, *(other.result() for other in others)])
+    return lowest if lowest < count else -1
 
 
 def cores() -> int:

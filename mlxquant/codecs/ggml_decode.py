@@ -1,4 +1,4 @@
-"""Decoders of the ggml types we also encode: blocks -> float32, several times as fast as `gguf.quants` on each core.
+"""Decoders of the ggml types we also encode: blocks -> float32, in threads.
 
 All of them are one law, scale * (code - offset) - minimum, where types without a minimum have +0: taking that away
 changes no number, not even -0. A decoder takes a block apart into codes, scales and minimums; the rounding is that

@@ -19,8 +19,9 @@ from mlxquant.codecs.kernels import jit
 
 Kernel = Callable[[Array, Array, int, Array], Any]
 
-# Weights a thread widens at a time: 256 blocks of 256 side by side, and 256 kB, which a second-level cache holds.
-_TILE = 1 << 16
+# Weights a thread widens at a time: 512 kB, which a second-level cache holds. With less, threads that encode a simple
+# format wait for one another between two tiles.
+_TILE = 1 << 17
 # The largest float32, as bits, that does not round to infinity: in float16 65519.996, half a step above 65504.
 _LARGEST = {"F16": np.uint32(0x477FEFFF), "BF16": np.uint32(0x7F7F7FFF)}
 _FINITE = np.uint32(0x7F7FFFFF)

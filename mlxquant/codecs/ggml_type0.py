@@ -17,7 +17,7 @@ from mlxquant.codecs.floats import Array
 from mlxquant.codecs.ggml_scales import MASSES, SCALES, clamp, descend, found_codes, nearest, search
 from mlxquant.codecs.kernels import half_to_single, jit, single_to_half
 
-_TILE = 2048  # weights whose tops are looked for at a time
+_TILE = 4096  # weights whose tops are looked for at a time
 _SUPER, _GROUP = 256, 16  # weights of a K-quant's super-block, and of its groups with a scale each
 _EPS = np.float32(1e-15)  # GROUP_MAX_EPS: scales below count as zero
 _ZERO, _ONE, _INF = np.float32(0), np.float32(1), np.float32(np.inf)
@@ -27,7 +27,7 @@ _HALF = np.float32(0.49999997)
 
 # Masks and shifts of eight codes in a word of 64 bits.
 _1S, _3S, _15S = np.uint64(0x0101010101010101), np.uint64(0x0303030303030303), np.uint64(0x0F0F0F0F0F0F0F0F)
-_S2, _S4, _S16 = np.uint64(2), np.uint64(4), np.uint64(16)
+_S2, _S4, _S16, _S32, _S48 = (np.uint64(n) for n in (2, 4, 16, 32, 48))
 # Times this, eight bytes of one bit become a byte at the top.
 _GATHER, _S56 = np.uint64(0x0102040810204080), np.uint64(56)
 _EIGHT, _SIXTEEN, _BYTE = np.float32(8), np.float32(16), np.int32(0xFF)
@@ -177,21 +177,30 @@ def _rounded_codes(x, d, codes):
 @jit
 def _pack_q4_0(d, words, out):
     """Block: d, 16 bytes of codes."""
+    halves = _halves(d)
     for b in range(d.size):
-        block = out[b * 9 : (b + 1) * 9]
-        block[0] = _half(d[b])
-        _nibbles(words[4 * b : 4 * b + 4], block[1:])
+        out[b * 9] = halves[b]
+        _nibbles(words, b * 4, out, b * 9 + 1)
 
 
 @jit
 def _pack_q5_0(d, words, out):
     """Block: d, 32 fifth bits, 16 bytes of the other four."""
+    halves = _halves(d)
     for b in range(d.size):
-        block, four = out[b * 11 : (b + 1) * 11], words[4 * b : 4 * b + 4]
-        block[0] = _half(d[b])
-        block[1] = np.uint16(_fifths(four[0]) | _fifths(four[1]) << np.uint64(8))
-        block[2] = np.uint16(_fifths(four[2]) | _fifths(four[3]) << np.uint64(8))
-        _nibbles(four, block[3:])
+        at, to = b * 4, b * 11
+        out[to] = halves[b]
+        out[to + 1] = np.uint16(_fifths(words[at]) | _fifths(words[at + 1]) << np.uint64(8))
+        out[to + 2] = np.uint16(_fifths(words[at + 2]) | _fifths(words[at + 3]) << np.uint64(8))
+        _nibbles(words, at, out, to + 3)
+
+
+@jit
+def _halves(d):
+    halves = np.empty(d.size, np.uint16)
+    for b in range(d.size):
+        halves[b] = _half(d[b])
+    return halves
 
 
 @jit
@@ -211,12 +220,14 @@ def _fifths(word):
 
 
 @jit
-def _nibbles(words, out):
-    """32 codes in 4 words -> their lower 4 bits, codes 0..15 below codes 16..31."""
-    for half in range(2):
-        word = (words[half] & _15S) | ((words[2 + half] & _15S) << _S4)
-        for i in range(4):
-            out[4 * half + i] = np.uint16((word >> (_S16 * np.uint64(i))) & np.uint64(0xFFFF))
+def _nibbles(words, at, out, to):
+    """32 codes in 4 words -> their lower 4 bits, codes 0..15 below codes 16..31. Without loops, which cost half."""
+    first = (words[at] & _15S) | ((words[at + 2] & _15S) << _S4)
+    second = (words[at + 1] & _15S) | ((words[at + 3] & _15S) << _S4)
+    out[to], out[to + 1] = np.uint16(first), np.uint16(first >> _S16)
+    out[to + 2], out[to + 3] = np.uint16(first >> _S32), np.uint16(first >> _S48)
+    out[to + 4], out[to + 5] = np.uint16(second), np.uint16(second >> _S16)
+    out[to + 6], out[to + 7] = np.uint16(second >> _S32), np.uint16(second >> _S48)
 
 
 # --- super-blocks of 256 ----------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ _ROUNDS = 5  # of coordinate descent in _descend
 _ZERO, _ONE, _HALF, _TENTH = np.float32(0), np.float32(1), np.float32(0.5), np.float32(0.1)
 # Between 2**23 and 2**24 float32 has the integers and nothing else: there they stand in the lowest bits.
 _TWO_23 = np.float32(2.0**23)
+# Shifts, and masks of eight codes in a word of 64 bits.
+_U16, _S4, _S8, _S16, _S24, _S32, _S56 = np.uint32(16), *(np.uint64(n) for n in (4, 8, 16, 24, 32, 56))
+_1S, _15S, _GATHER = np.uint64(0x0101010101010101), np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x0102040810204080)
 _NO_LIMIT = np.int32(0x7FFFFFFF)
 _EPS = np.float32(1e-15)  # GROUP_MAX_EPS: values whose largest is less count as zero
 
@@ -305,18 +308,29 @@ def _encode_k(law: _Law, x: Array, importance: Array, width: int, out: Array) ->
 
 @jit
 def _write_1(q, d, m, size, out):
-    """Blocks of d, m (F16 bits), for Q5_1 (24 bytes) four bytes of fifth bits, 16 of low bits."""
-    eights = q.view(np.uint64)
+    """Blocks of d, m (F16 bits), for Q5_1 (24 bytes) four bytes of fifth bits, 16 of low bits.
+
+    By words, each said by itself: of bytes or of a loop LLVM makes code that takes longer than finding the codes.
+    """
+    eights, blocks = q.view(np.uint64), out.view(np.uint32)
+    words = size // 4
     for s in range(d.size):
-        block, codes = out[s * size :][:size], q[s * 32 :][:32]
-        _put_halves(d[s], m[s], block)
-        low = block[size - 16 :]
-        for i in range(16):
-            low[i] = np.uint8(codes[i] & 15) | np.uint8(codes[i + 16] << 4)
-        if size == 24:
-            for k in range(4):  # the product brings bit 0 of byte i to bit 56 + i
-                fifths = (eights[s * 4 + k] >> np.uint64(4)) & np.uint64(0x0101010101010101)
-                block[4 + k] = np.uint8((fifths * np.uint64(0x0102040810204080)) >> np.uint64(56))
+        at, to = s * 4, s * words
+        a, b, c, e = eights[at], eights[at + 1], eights[at + 2], eights[at + 3]
+        first, second = (a & _15S) | ((c & _15S) << _S4), (b & _15S) | ((e & _15S) << _S4)
+        blocks[to] = np.uint32(d[s]) | (np.uint32(m[s]) << _U16)
+        if words == 6:
+            fifths = _fifths(a) | (_fifths(b) << _S8) | (_fifths(c) << _S16) | (_fifths(e) << _S24)
+            blocks[to + 1] = np.uint32(fifths)
+        to += words - 4
+        blocks[to], blocks[to + 1] = np.uint32(first), np.uint32(first >> _S32)
+        blocks[to + 2], blocks[to + 3] = np.uint32(second), np.uint32(second >> _S32)
+
+
+@jit
+def _fifths(codes):
+    """Bit 4 of eight codes as a byte: the product brings bit 0 of byte i to bit 56 + i."""
+    return (((codes >> _S4) & _1S) * _GATHER) >> _S56
 
 
 @jit

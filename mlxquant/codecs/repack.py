@@ -94,11 +94,11 @@ def _half(blocks: Array, at: int) -> Array:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
 
 
-def _centred(zero: int, groups: int = 1) -> Callable[[Array], tuple[Array, Array]]:
+def _centred(zero: int) -> Callable[[Array], tuple[Array, Array]]:
     """d at the block's beginning, codes counted from `zero`."""
 
     def scales(blocks: Array) -> tuple[Array, Array]:
-        d = np.repeat(_half(blocks, 0), groups, axis=1)
+        d = _half(blocks, 0)
         return d, -zero * d
 
     return scales

@@ -63,15 +63,11 @@ def stock_eos(
     """The ids stock mlx-lm stops at: generation_config's where it has any, else config's (`load_config`), and
     the tokenizer's eos_token, which `TokenizerWrapper` adds (only looked at when the tokenizer's files are
     given)."""
-    listed = (
-        _ids(generation_config, "generation_config.json") if generation_config.get("eos_token_id") else ()
-    )
+    listed = _ids(generation_config, "generation_config.json") if generation_config.get("eos_token_id") else ()
     found = set(listed or _ids(config, "config.json"))
     token = _eos_token(tokenizer_config or {})
     if token is not None:
-        found |= _lookup(
-            token, _added_tokens(tokenizer_json or {}), tokenizer_config or {}, tokenizer_json or {}
-        )
+        found |= _lookup(token, _added_tokens(tokenizer_json or {}), tokenizer_config or {}, tokenizer_json or {})
     return tuple(sorted(found))
 
 

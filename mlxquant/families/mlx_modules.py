@@ -59,9 +59,7 @@ def _linear(name: str, dims: str, bias: str = "", when: str = "") -> tuple[Row, 
     return (weight, Row(f"{name}.bias", dims.split()[0], f"{when} {bias}")) if bias else (weight,)
 
 
-def _vectors(
-    *names: str, dims: str = "h", when: str = "", bias: str = "", how: How = "same"
-) -> tuple[Row, ...]:
+def _vectors(*names: str, dims: str = "h", when: str = "", bias: str = "", how: How = "same") -> tuple[Row, ...]:
     rows = tuple(Row(f"{name}.weight", dims, when, how) for name in names)
     return rows + tuple(Row(f"{name}.bias", dims, f"{when} {bias}") for name in names if bias)
 
@@ -85,9 +83,7 @@ def _mlp(bias: str = "", at: str = "mlp", width: str = "f", when: str = "") -> t
     )
 
 
-def _experts(
-    at: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
-) -> tuple[Row, ...]:
+def _experts(at: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Row, ...]:
     """SwitchGLU from one module per expert; an MLX folder has them stacked already."""
     names = (("gate_proj", gate, "e m h"), ("up_proj", up, "e m h"), ("down_proj", down, "e h m"))
     return tuple(
@@ -96,9 +92,7 @@ def _experts(
     )
 
 
-def _root(
-    norm: str = "norm", at: str = "model", bias: str = "", embed: str = "embed_tokens"
-) -> tuple[Row, ...]:
+def _root(norm: str = "norm", at: str = "model", bias: str = "", embed: str = "embed_tokens") -> tuple[Row, ...]:
     return (
         Row(f"{at}.{embed}.weight", "v h"),
         *_vectors(f"{at}.{norm}", bias=bias),
@@ -138,9 +132,7 @@ _COHERE = Family(
 
 def _below(family: Family, at: str, drops: tuple[tuple[str, str], ...]) -> Family:
     """The same model one level deeper, as gemma3 keeps its text part under language_model."""
-    root = tuple(
-        replace(r, name=f"{at}.{r.name}", source=r.source and f"{at}.{r.source}") for r in family.root
-    )
+    root = tuple(replace(r, name=f"{at}.{r.name}", source=r.source and f"{at}.{r.source}") for r in family.root)
     return replace(family, root=root, prefix=f"{at}.{family.prefix}", drops=drops)
 
 
@@ -188,9 +180,7 @@ def _nemotron_moe() -> tuple[Row, ...]:
     names = (("fc1", "up_proj", "e m x"), ("fc2", "down_proj", "e x m"))
     return (
         *(
-            Row(
-                f"mixer.switch_mlp.{mlx}.weight", dims, "moe", "stack", f"mixer.experts.{{e}}.{theirs}.weight"
-            )
+            Row(f"mixer.switch_mlp.{mlx}.weight", dims, "moe", "stack", f"mixer.experts.{{e}}.{theirs}.weight")
             for mlx, theirs, dims in names
         ),
         Row("mixer.gate.weight", "e h", "moe"),

@@ -135,12 +135,7 @@ def _is_conv(target: Target) -> bool:
 
 
 def _is_stack(target: Target, shape: ModelShape) -> bool:
-    return (
-        bool(shape.experts)
-        and len(target.shape) == 3
-        and target.shape[0] == shape.experts
-        and not _is_conv(target)
-    )
+    return bool(shape.experts) and len(target.shape) == 3 and target.shape[0] == shape.experts and not _is_conv(target)
 
 
 def _root_role(target: Target, shape: ModelShape, taken: bool) -> Role:

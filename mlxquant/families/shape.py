@@ -101,9 +101,7 @@ class ModelShape:
             tied=_tied(reader),
             mixers=tuple(mixer for mixer, _ in pairs),
             ffns=tuple(ffn for _, ffn in pairs),
-            sliding_window=reader.optional("sliding_window")
-            if any(m == "sliding" for m, _ in pairs)
-            else None,
+            sliding_window=reader.optional("sliding_window") if any(m == "sliding" for m, _ in pairs) else None,
             experts=experts,
             experts_per_token=(reader.optional("num_experts_per_tok") or 0) if experts else 0,
             moe_intermediate_size=_moe_width(reader) if experts else 0,
@@ -152,9 +150,7 @@ class _Reader:
     def integer(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int:
         value = self.raw(key)
         if type(value) is not int or not low <= value <= high:
-            raise SourceError(
-                f"config.json: {key} is {value!r:.60}, expected a whole number from {low} to {high}"
-            )
+            raise SourceError(f"config.json: {key} is {value!r:.60}, expected a whole number from {low} to {high}")
         return value
 
     def optional(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int | None:
@@ -173,9 +169,7 @@ class _Reader:
         if not isinstance(value, list) or not all(type(item) is kind for item in value):
             raise SourceError(f"config.json: {key} is {value!r:.60}, expected a list of {kind.__name__}")
         if length is not None and len(value) != length:
-            raise SourceError(
-                f"config.json: {key} has {len(value)} entries, expected one for each of {length} layers"
-            )
+            raise SourceError(f"config.json: {key} has {len(value)} entries, expected one for each of {length} layers")
         return value
 
 
@@ -242,9 +236,7 @@ def _recurrent(reader: _Reader) -> dict[str, int]:
         key_heads, heads = reader.integer("linear_num_key_heads"), reader.integer("linear_num_value_heads")
         channels, kernel = 2 * key * key_heads + value * heads, reader.integer("linear_conv_kernel_dim")
     elif reader.module in ("mamba2", "nemotron_h"):
-        names = (
-            ("num_heads", "head_dim") if reader.module == "mamba2" else ("mamba_num_heads", "mamba_head_dim")
-        )
+        names = ("num_heads", "head_dim") if reader.module == "mamba2" else ("mamba_num_heads", "mamba_head_dim")
         heads, value = (reader.integer(name) for name in names)
         key = reader.optional("ssm_state_size") or reader.integer("state_size")
         channels, kernel = heads * value + 2 * reader.integer("n_groups") * key, reader.integer("conv_kernel")
@@ -270,16 +262,8 @@ def _nemotron_pattern(reader: _Reader) -> str:
     if pattern is None:
         blocks = reader.sequence("layers_block_type", str) or reader.sequence("layer_types", str) or []
         pattern = "".join(_NEMOTRON_BLOCKS.get(block, "?") for block in blocks)
-    pattern = (
-        "".join(pattern)
-        if isinstance(pattern, list) and all(isinstance(c, str) for c in pattern)
-        else pattern
-    )
-    if (
-        not isinstance(pattern, str)
-        or not 0 < len(pattern) <= _MAX_LAYERS
-        or set(pattern) - set(_NEMOTRON_KINDS)
-    ):
+    pattern = "".join(pattern) if isinstance(pattern, list) and all(isinstance(c, str) for c in pattern) else pattern
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= _MAX_LAYERS or set(pattern) - set(_NEMOTRON_KINDS):
         found = f"{pattern!r:.60}"
         raise SourceError(
             f"config.json: hybrid_override_pattern is {found}, expected a string of 'M', '*', '-' and 'E'"
@@ -303,9 +287,7 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     if types is None:  # gpt_oss alternates, starting with a window
         return ["sliding" if module == "gpt_oss" and i % 2 == 0 else "full" for i in range(count)]
     if unknown := Counter(types) - Counter({"full_attention": count, "sliding_attention": count}):
-        raise UnsupportedError(
-            f"config.json: layer_types has {', '.join(map(repr, unknown))}, which {module} has not"
-        )
+        raise UnsupportedError(f"config.json: layer_types has {', '.join(map(repr, unknown))}, which {module} has not")
     return ["sliding" if kind == "sliding_attention" else "full" for kind in types]
 
 

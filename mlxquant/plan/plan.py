@@ -128,7 +128,6 @@ class Plan:
         return block
 
 
-
 def make_plan(
     config: dict[str, Any],
     specs: Mapping[str, TensorSpec],
@@ -155,11 +154,6 @@ def make_plan(
     base = repacking.commonest(tensors) if settings.recipe == REPACK else settings.base
     remarks = check_bits(tensors, settings, shape) + repacking.remarks(tensors) + shape_remarks(shape, laid_out)
     return Plan(shape.model_type, settings, base, dtype, tensors, laid_out.dropped, tuple(remarks))
-
-
-
-
-
 
 
 def refuse_quantized_source(config: dict[str, Any]) -> None:

@@ -46,9 +46,7 @@ class GGUFModel:
         from mlxquant.tensors import DTYPES
 
         codecs = {t.name.removesuffix(".weight"): t.codec for t in self.plan.tensors if t.codec.quantized}
-        nn.quantize(
-            self.model, class_predicate=lambda path, _: codecs[path].mlx_config() if path in codecs else False
-        )
+        nn.quantize(self.model, class_predicate=lambda path, _: codecs[path].mlx_config() if path in codecs else False)
         parts = [part for t in self.plan.tensors if t.codec.quantized for part in t.parts]
         zeros = [(part.name, mx.zeros(part.shape, dtype=getattr(mx, DTYPES[part.dtype].label))) for part in parts]
         self.model.load_weights(zeros, strict=False)
@@ -89,9 +87,7 @@ def packed_arrays(source: GGUFSource, tensor: PlannedTensor) -> list[tuple[str, 
 
     made = [repack_named(tensor, block_rows(source, tensor, a, b), a) for a, b in chunks(tensor.target)]
     parts = [np.concatenate(arrays) for arrays in zip(*made, strict=True)]
-    return [
-        (spec.name, mx.array(part.reshape(spec.shape))) for spec, part in zip(tensor.parts, parts, strict=True)
-    ]
+    return [(spec.name, mx.array(part.reshape(spec.shape))) for spec, part in zip(tensor.parts, parts, strict=True)]
 
 
 def gather(source: Any, target: Any) -> Any:
@@ -104,4 +100,3 @@ def gather(source: Any, target: Any) -> Any:
     raw = np.concatenate([rows(source, target, start, stop) for start, stop in chunks(target)])
     array = mx.array(raw.reshape(target.shape))
     return array.view(mx.bfloat16) if target.dtype == "BF16" else array
-

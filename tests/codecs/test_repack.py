@@ -55,9 +55,7 @@ def test_the_table_tells_what_repacking_adds(type_name: str) -> None:
 def test_stock_mlx_reads_the_same_values(type_name: str) -> None:
     raw, values = made(type_name)
     codec, parts = REPACKED[type_name].codec, repack(raw, type_name, WIDTH)
-    assert [part.shape for part in parts] == [
-        spec.shape for spec in codec.parts("x.weight", (len(raw), WIDTH), "F16")
-    ]
+    assert [part.shape for part in parts] == [spec.shape for spec in codec.parts("x.weight", (len(raw), WIDTH), "F16")]
     arrays = [mx.array(part) for part in parts]
     scales = [a if a.dtype == mx.uint8 else a.astype(mx.float32) for a in arrays[1:]]
     theirs = mx.dequantize(arrays[0], *scales, group_size=codec.group_size, bits=codec.bits, mode=codec.mode,

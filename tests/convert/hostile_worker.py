@@ -1,6 +1,6 @@
 """Runs in a process of its own: takes each mutant through everything that reads a GGUF file, and says how it ended.
 
-    python -m tests.convert.hostile_worker FOLDER      one JSON line for each *.gguf in FOLDER
+python -m tests.convert.hostile_worker FOLDER      one JSON line for each *.gguf in FOLDER
 """
 
 from __future__ import annotations

@@ -50,7 +50,12 @@ def test_rows_are_what_mlx_decodes(tmp_path: Path, family: str, how: dict[str, o
         biases = arrays[base + ".biases"].astype(mx.float32) if base + ".biases" in arrays else None
         expected = np.array(
             mx.dequantize(
-                arrays[name], scales, biases, own["group_size"] or 64, own["bits"], mode=own.get("mode", "affine"),
+                arrays[name],
+                scales,
+                biases,
+                own["group_size"] or 64,
+                own["bits"],
+                mode=own.get("mode", "affine"),
                 dtype=mx.float32,
             )
         )

@@ -127,5 +127,3 @@ def numbers(name: str, like: np.ndarray) -> np.ndarray:
     if name.endswith("norm.weight"):  # around 0, as families that keep w of 1 + w have them: else refused as shifted
         exponent = np.minimum(exponent, 125).astype(np.uint16)
     return (sign << 15 | exponent << 7 | fraction).view(ml_dtypes.bfloat16)
-
-

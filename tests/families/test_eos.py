@@ -36,9 +36,7 @@ def test_the_tokenizers_token_is_looked_up_in_the_vocabulary(token):
 
 
 def test_a_unigram_vocabulary_is_a_list():
-    assert eos_ids(
-        {}, {}, {"eos_token": "</s>"}, {"model": {"vocab": [["<unk>", 0.0], ["</s>", 0.0]]}}, ""
-    ) == (1,)
+    assert eos_ids({}, {}, {"eos_token": "</s>"}, {"model": {"vocab": [["<unk>", 0.0], ["</s>", 0.0]]}}, "") == (1,)
 
 
 def test_without_tokenizer_json_the_declared_added_tokens_tell():
@@ -89,9 +87,7 @@ def test_ill_typed_values_name_file_and_key(files, named):
         eos_ids(*files, "")
 
 
-@pytest.mark.parametrize(
-    "generation", [{"eos_token_id": 0}, {"eos_token_id": [2, 1]}, {}, {"eos_token_id": None}]
-)
+@pytest.mark.parametrize("generation", [{"eos_token_id": 0}, {"eos_token_id": [2, 1]}, {}, {"eos_token_id": None}])
 @pytest.mark.parametrize("config", [2, [1, 2]])
 def test_stock_eos_is_what_stock_mlx_lm_stops_at(tmp_path, generation, config):
     from mlx_lm.utils import load
@@ -99,9 +95,7 @@ def test_stock_eos_is_what_stock_mlx_lm_stops_at(tmp_path, generation, config):
     path = tiny.make(tmp_path / "m", layers=1, eos_token_id=config)
     (path / "generation_config.json").write_text(json.dumps(generation))
     files = [json.loads((path / n).read_text()) for n in ("config.json", "generation_config.json")]
-    tokenizer_files = [
-        json.loads((path / n).read_text()) for n in ("tokenizer_config.json", "tokenizer.json")
-    ]
+    tokenizer_files = [json.loads((path / n).read_text()) for n in ("tokenizer_config.json", "tokenizer.json")]
     _, tokenizer = load(str(path), lazy=True)
     assert set(stock_eos(*files, *tokenizer_files)) == tokenizer.eos_token_ids
     assert set(stock_eos(*files)) <= set(stock_eos(*files, *tokenizer_files))

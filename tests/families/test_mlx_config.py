@@ -19,9 +19,7 @@ def test_rope_settings_of_transformers_5_are_lifted_to_where_stock_mlx_lm_reads_
     flat = text_config(config)
     assert flat["rope_theta"] == 500000.0
     assert flat["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    assert "rope_scaling" not in text_config(
-        llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"})
-    )
+    assert "rope_scaling" not in text_config(llama(rope_parameters={"rope_theta": 1.0, "rope_type": "default"}))
     assert text_config(llama(rope_parameters={"rope_theta": 1.0}))["rope_theta"] == 10000.0
 
 
@@ -41,9 +39,7 @@ def test_what_transformers_5_saves_runs_with_its_own_rope_in_stock_mlx_lm(tmp_pa
 
     path = tiny.make(tmp_path / "m", "llama")
     ours = json.loads((path / "config.json").read_text())
-    theirs = LlamaConfig(
-        **{k: v for k, v in ours.items() if k != "rope_theta"}, rope_theta=500000.0
-    ).to_dict()
+    theirs = LlamaConfig(**{k: v for k, v in ours.items() if k != "rope_theta"}, rope_theta=500000.0).to_dict()
     assert "rope_theta" not in theirs  # else this test shows nothing
     (path / "config.json").write_text(json.dumps(mlx_config(theirs)))
     model, _ = load_model(path)

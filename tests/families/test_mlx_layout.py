@@ -178,9 +178,7 @@ def test_gpt_oss_in_the_transposed_layout_is_refused_by_us_and_by_stock(tmp_path
         checkpoints.stock_model(path)
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3_next", "qwen3_moe", "deepseek_v3", "granitemoe", "mamba2", "nemotron_h"]
-)
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe", "deepseek_v3", "granitemoe", "mamba2", "nemotron_h"])
 def test_an_mlx_folder_passes_through_unchanged(family, tmp_path):
     """What mlx-lm saved is a source too: nothing is stacked, split or shifted a second time."""
     path = checkpoints.folder(family)

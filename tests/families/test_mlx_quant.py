@@ -45,8 +45,6 @@ def test_a_remapped_type_follows_its_module():
 def test_presets_match_the_end_of_a_path_as_stock_does():
     assert preset("qwen3_moe", "model.layers.0.mlp.gate.weight") == affine(8, 64)
     assert preset("qwen3_moe", "model.layers.0.mlp.switch_mlp.gate_proj.weight") is None
-    assert preset("granitemoe", "model.layers.0.block_sparse_moe.switch_mlp.down_proj.weight") == affine(
-        8, 64
-    )
+    assert preset("granitemoe", "model.layers.0.block_sparse_moe.switch_mlp.down_proj.weight") == affine(8, 64)
     assert preset("granite", "lm_head.weight") == affine(8, 64)
     assert preset("llama", "lm_head.weight") is None

@@ -89,9 +89,7 @@ def test_sensitive_roles_survive_nonsense_names(family, word):
     assert sensitive
     assert any(new[name] != name for name in new)
     assert {name: after[new[name]] for name in sensitive} == {name: before[name] for name in sensitive}
-    assert not [
-        name for name, role in before.items() if role not in SENSITIVE and after[new[name]] in SENSITIVE
-    ]
+    assert not [name for name, role in before.items() if role not in SENSITIVE and after[new[name]] in SENSITIVE]
 
 
 def test_a_projection_of_the_routers_shape_is_no_router():

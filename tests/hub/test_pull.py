@@ -128,7 +128,6 @@ def test_all_parts_of_a_split_gguf(fake_hub: FakeHub, tmp_path: Path):
     assert "one of 2 parts, and the repo holds 1" in fails("org/split/model-Q4_0-00001-of-00002.gguf").message
 
 
-
 @pytest.mark.parametrize("text", ["model", "org/model/config.json", "../up/x.gguf", "org/model/../../x.gguf", "a--b/c"])
 def test_what_is_no_hub_id(text: str):
     with pytest.raises(UsageError):
