@@ -27,8 +27,10 @@ def test_every_weight_once(threads):
 
     assert blocks.each_block(work, COUNT, TILE) == -1
     seen.sort()
-    assert [start for start, _ in seen] == [0, *(stop for _, stop in seen[:-1])] and seen[-1][1] == COUNT
-    assert all(start % TILE == 0 for start, _ in seen) and len(seen) >= threads
+    assert [start for start, _ in seen] == [0, *(stop for _, stop in seen[:-1])]
+    assert seen[-1][1] == COUNT
+    assert all(start % TILE == 0 for start, _ in seen)
+    assert len(seen) >= threads
 
 
 def test_the_lowest_refusal_is_the_answer(threads):
