@@ -128,7 +128,7 @@ def _swapped(module: Any, name: str, other: Any) -> Iterator[None]:
 
 def _rows(head: Any, start: int, stop: int) -> Any:
     """A layer with some of another's rows; nothing is copied until it computes."""
-    part = type(head).__new__(type(head))
+    part = type(head).__new__(type(head))  # type: ignore[call-overload]
     part.__dict__.update(head.__dict__)
     dict.update(part, {name: array[start:stop] for name, array in head.items()})
     return part
