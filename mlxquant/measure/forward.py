@@ -40,10 +40,25 @@ class Split:
         if not self._head:
             family = loaded.config.get("model_type")
             raise UnsupportedError(f"{loaded.path}: eval does not know where the output head of {family!r} begins")
+        self.width, self.vocabulary, self.dtype = self._trace()
+
+    def _trace(self) -> tuple[int, int, str]:
+        """Columns of hidden states, of logits, and the dtype of activations; nothing is evaluated."""
+        import mlx.core as mx
+
+        token = mx.zeros((1, 1), dtype=mx.int32)
+        out, logits = self.trunk(token, cache=self._make_cache()), self._whole(token, cache=self._make_cache())
+        return out.shape[-1], logits.shape[-1], str(out.dtype).rpartition(".")[2]
 
     @property
     def trunk(self) -> Any:
         return getattr(self._whole, self._name)
+
+    def drop_trunk(self) -> None:
+        """Lets go of all but the head: `logits` still works, `hidden` does not."""
+        for name in list(self.trunk):
+            if name != self._head:
+                self.trunk.pop(name)
 
     def hidden(self, tokens_L: Array, first: int, step: int | None = None) -> Array:
         """Hidden states of positions first .. L-2, those whose next token the window has: (P, H), in the dtype they are

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlxquant.errors import UsageError
 from mlxquant.run import budget as budgets
@@ -43,7 +44,14 @@ class Ready:
     notes: tuple[str, ...]
 
 
-def make_ready(
+def make_ready(path: Path, device: Device, text: Text, **options: Any) -> Ready:
+    """`open_unread`, and the weights read."""
+    ready = open_unread(path, device, text, **options)
+    ready.loaded.materialize()
+    return ready
+
+
+def open_unread(
     path: Path,
     device: Device,
     text: Text,
@@ -54,8 +62,8 @@ def make_ready(
     prefill_step: int | None = None,
     force: bool = False,
 ) -> Ready:
-    """Loads `path`, whose tokenizer `text` is, for a context of so many tokens. Raises MemoryBudgetError
-    before any weight is read.
+    """Opens `path`, whose tokenizer `text` is, for a context of so many tokens; no weight is read. Raises
+    MemoryBudgetError.
 
     prefill_step None: 512 on a CPU, 2048 on a GPU.
     context_tokens None: 8192, or what the model was made for if that is less.
@@ -79,7 +87,6 @@ def make_ready(
             smaller = _plan(loaded, CacheOptions(kv_bits=bits))
             others[f"--kv-bits {bits}"] = partial(reckoned, chosen=smaller)
         budget = budgets.check(reckoned, asked, force=force, alternatives=others)
-    loaded.materialize()
     notes = (*loaded.notes, *plan.notes, *_context_notes(loaded, asked))
     return Ready(loaded, text, plan, budget, asked, step, notes)
 
