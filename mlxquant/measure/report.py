@@ -85,9 +85,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Student:
+    """behind: mean KL less that of the student before it in the report, paired by position; None for the first."""
+
     model: Model
     divergence: Divergence
     worst: tuple[Worst, ...] = ()
+    behind: Estimate | None = None
 
 
 @dataclass(frozen=True)
