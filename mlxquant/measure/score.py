@@ -98,7 +98,7 @@ def _check(p_PV: Array, q_PV: Array, next_P: Array) -> None:
     if p_PV.dtype != np.float32 or q_PV.dtype != np.float32:
         raise ValueError(f"logits are {p_PV.dtype} and {q_PV.dtype}: expected float32")
     if p_PV.ndim != 2 or p_PV.shape != q_PV.shape or next_P.shape != p_PV.shape[:1]:
-        raise ValueError(f"logits {p_PV.shape} and {q_PV.shape}, next tokens {next_P.shape}: expected (P, V) twice, (P,)")
+        raise ValueError(f"logits {p_PV.shape} and {q_PV.shape}, next {next_P.shape}: expected (P, V) twice, (P,)")
     if next_P.size and not 0 <= next_P.min() <= next_P.max() < p_PV.shape[1]:
         raise ValueError(f"next tokens {next_P.min()}..{next_P.max()}: expected 0..{p_PV.shape[1] - 1}")
 

@@ -202,7 +202,7 @@ def test_zeros_of_both_signs_are_equal():
 def test_five_best(kind):
     """Rows on which blocks are hard to pass over, and rows of ties."""
     rng = np.random.default_rng(1)
-    p, q = (np.sort(logits(rng, (2, 6, 1500)), -1))
+    p, q = np.sort(logits(rng, (2, 6, 1500)), -1)
     if kind == "falling":
         p, q = p[:, ::-1], q[:, ::-1]
     elif kind == "few values":
