@@ -23,7 +23,19 @@ Form = Callable[[float], str]
 
 def significant(value: float) -> str:
     """Three significant digits: 0.000521, 12.3, 1,234, 0, inf."""
-    return _number(value, _decimals(value, 3))
+    return _number(value, decimals_of(value))
+
+
+def decimals_of(value: float) -> int:
+    """Decimals that `significant` writes it with."""
+    return max(0, _decimals(value, 3))
+
+
+def fixed(value: float, decimals: int) -> str:
+    """So many decimals; what would look like 0 and is not: <0.001."""
+    if 0 < value < 0.5 * 10**-decimals:
+        return f"<{10**-decimals:.{decimals}f}"
+    return _number(value, decimals)
 
 
 def estimate(found: Estimate, scale: float = 1.0, plain: Form = significant) -> str:
@@ -39,11 +51,11 @@ def rounded(found: Estimate, scale: float = 1.0, plain: Form = significant) -> s
     decimals = _error_decimals(found, scale)
     if decimals is None:
         return plain(found.value * scale)
-    return _number(found.value * scale, max(0, decimals - 1))
+    return _number(found.value * scale, decimals - 1)
 
 
 def _error_decimals(found: Estimate, scale: float) -> int | None:
-    """Decimals that two digits of the error need; None where there is no error to go by."""
+    """Decimals that two digits of the error need, below 0 for tens; None where there is no error to go by."""
     if found.error is None or not math.isfinite(found.error) or found.error * scale < 0.5 * 10**-_FINEST:
         return None
     return _decimals(found.error * scale, 2)
@@ -53,7 +65,7 @@ def _decimals(value: float, digits: int) -> int:
     if value == 0 or not math.isfinite(value):
         return 0
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the value as it is rounded: 0.0996 is 1.0e-01
-    return min(max(0, digits - 1 - exponent), _FINEST)
+    return min(digits - 1 - exponent, _FINEST)
 
 
 def _number(value: float, decimals: int) -> str:
@@ -61,7 +73,7 @@ def _number(value: float, decimals: int) -> str:
         return f"{value:.2g}"
     if 0 < abs(value) < 0.5 * 10**-_FINEST:
         return f"<{10**-_FINEST:.{_FINEST}f}"
-    return f"{round(value, decimals) + 0.0:,.{decimals}f}"  # + 0.0: no "-0.0"
+    return f"{round(value, decimals) + 0.0:,.{max(0, decimals)}f}"  # + 0.0: no "-0.0"
 
 
 def _four(value: float) -> str:
@@ -94,9 +106,7 @@ def _plain(head: str, unit: str, note: str, cell: Callable[[Student], str]) -> C
 def _estimated(
     head: str, unit: str, note: str, of: Callable[[Student], Estimate], scale: float = 1.0, plain: Form = significant
 ) -> Column:
-    return Column(
-        head, unit, note, lambda s: estimate(of(s), scale, plain), lambda s: rounded(of(s), scale, plain)
-    )
+    return Column(head, unit, note, lambda s: estimate(of(s), scale, plain), lambda s: rounded(of(s), scale, plain))
 
 
 SIZE = _plain("size", "", "of all stored tensors.", lambda s: format_bytes(s.model.size.nbytes))
@@ -177,8 +187,9 @@ def caveats(report: Report) -> list[str]:
         lines.append("Stopped early: not every student was scored.")
     if any(s.divergence.kl.error is None for s in report.students):
         lines.append("Where there is one window there are no standard errors: two windows or more tell them.")
-    for alike in indistinguishable(report):
-        lines.append(f"Cannot be told apart (less than two standard errors lie between neighbours): {', '.join(alike)}.")
+    alike = "; ".join(", ".join(group) for group in indistinguishable(report))
+    if alike:
+        lines.append(f"Cannot be told apart (neighbours less than two standard errors apart): {alike}.")
     return lines
 
 
@@ -198,3 +209,8 @@ def _apart(student: Student, floor_nats: float) -> bool:
     if behind is None:
         return True
     return abs(behind.value) > max(floor_nats, 2 * (behind.error or 0)) or math.isnan(behind.value)
+
+
+def visible(text: str) -> str:
+    """What a terminal would act on, and what nobody would see, as an escape: \\x1b, \\n, \\u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
