@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "Prove that a converted folder or file is what its plan says and still agrees with its source.",
     "generate": "Continue one prompt.",
     "chat": "Talk to a model, turn by turn.",
+    "eval": "Say what quantizing cost: divergence of each student from its teacher, beside its size.",
     "bench": "Time prefill and decode, and compare with stock mlx-lm.",
     "doctor": "Say which device, BLAS, versions and memory limits are in force, and what to do about each.",
 }

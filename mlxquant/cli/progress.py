@@ -9,13 +9,16 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -58,6 +61,45 @@ class ByteBar:
         self._progress.stop()
         yield
         self._progress.start()
+
+
+class CountBar:
+    """One bar after the other: `start(label, total, unit)`, then `advance(n, note)`. A context manager."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        off = not sys.stderr.isatty()
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=off)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._unit, self._done, self._total = unit, 0, total
+        self._task = self._progress.add_task(escape(label), total=total, note="")
+
+    def advance(self, count: int, note: str = "") -> None:
+        if self._task is None:
+            return
+        self._done += count
+        place = f"{self._done} of {self._total} {self._unit}" if self._unit != "bytes" else ""
+        self._progress.update(self._task, completed=self._done, note=f"{place}  {note}")
 
 
 # Below this a prompt is read before a bar could be.
