@@ -3,6 +3,7 @@
     with FakeHub() as hub:
         hub.add("org/model", folder)                       # one commit, at `main`
         hub.add("org/model", newer, ref="v2")              # another commit, another branch
+        hub.add("datasets/org/texts", texts)               # a dataset
         hub.gate("org/model")                              # files answer 401 or 403, the listing does not
         hub.fail("model.safetensors", cut_at=1000)         # once, then well again
         hub.served("model.safetensors")                    # bytes of bodies sent for paths with that text
@@ -238,7 +239,8 @@ def model_info(http: Handler, repo_id: str, revision: str | None = None) -> None
         repo, commit = found
         rows = [{"rfilename": name} for name in repo.commits[commit]]
         gated = "manual" if repo.gated else False
-        info = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit, "gated": gated, "tags": []}
+        name = repo_id.removeprefix("datasets/")
+        info = {"_id": "0", "id": name, "modelId": name, "sha": commit, "gated": gated, "tags": []}
         http.send_json(info | {"private": repo.private, "siblings": rows})
 
 
@@ -288,13 +290,15 @@ def send_file(http: Handler, file: Entry, headers: dict[str, str]) -> None:
     return http.send(status, body, headers | {"Accept-Ranges": "bytes"}, cut_at=fault.cut_at if fault else None)
 
 
-REPO = r"(?P<repo_id>[^/]+/[^/]+)"
+# A dataset's pages, files and entry in `repos` begin with datasets/, its API has it where a model's says models/.
+REPO = r"(?P<repo_id>(?:datasets/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/)?{REPO}"
 # The revision may hold slashes (refs/pr/1): the client quotes them, and they come here unquoted.
 REVISION = r"(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
-    ("GET", rf"/api/models/{REPO}", model_info),
-    ("GET", rf"/api/models/{REPO}/revision/{REVISION}", model_info),
-    ("GET", rf"/api/models/{REPO}/tree/{REVISION}", tree),
+    ("GET", API, model_info),
+    ("GET", rf"{API}/revision/{REVISION}", model_info),
+    ("GET", rf"{API}/tree/{REVISION}", tree),
     ("HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<name>.+)", resolve),
     ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<name>.+)", resolve),
     ("HEAD", rf"/cdn/{REPO}/(?P<revision>[^/]+)/(?P<name>.+)", cdn),

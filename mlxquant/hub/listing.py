@@ -29,28 +29,41 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """`revision` is the commit. `cached` is the snapshot's folder when the cache was asked, not the Hub."""
+    """`revision` is the commit. `cached` is the snapshot's folder when the cache was asked, not the Hub. `repo_type`:
+    "model" or "dataset", as the client has it.
+    """
 
     repo_id: str
     revision: str
     files: dict[str, RemoteFile]
     cached: Path | None = None
+    repo_type: str = "model"
+
+    @property
+    def page(self) -> str:
+        """What comes behind the Hub's address."""
+        return page(self.repo_id, self.repo_type)
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache holds, or would hold, this commit."""
+        return cache_folder(self.repo_id, self.repo_type) / "snapshots" / self.revision
 
     def path(self, name: str) -> Path | None:
         """Where the cache holds this file of this commit, if it does."""
-        path = cache_folder(self.repo_id) / "snapshots" / self.revision / name
+        path = self.folder / name
         return path if path.is_file() else None
 
 
-def list_files(repo_id: str, revision: str | None = None) -> Listing:
+def list_files(repo_id: str, revision: str | None = None, repo_type: str = "model") -> Listing:
     """Asks the Hub, or the cache in offline mode and when the Hub gives no answer.
 
     Raises HubError: no such repo or revision, gated, unreachable and not in the cache, a listing of lies.
     """
     try:
-        return _ask(repo_id, revision)
+        return _ask(repo_id, revision, repo_type)
     except Unreachable as outage:
-        if listing := _from_cache(repo_id, revision):
+        if listing := _from_cache(repo_id, revision, repo_type):
             return listing
         at = f" at revision {revision}" if revision else ""
         message = f"{outage.message}, and {repo_id}{at} is not in the Hub cache"
@@ -98,22 +111,26 @@ def quiet_client() -> Iterator[None]:
         enable_progress_bars()
 
 
-def cache_folder(repo_id: str) -> Path:
+def page(repo_id: str, repo_type: str) -> str:
+    return repo_id if repo_type == "model" else f"{repo_type}s/{repo_id}"
+
+
+def cache_folder(repo_id: str, repo_type: str = "model") -> Path:
     """The repo's folder in the Hub cache: blobs/ETAG, refs/NAME, snapshots/COMMIT/FILE, as documented."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE).expanduser() / f"{repo_type}s--{repo_id.replace('/', '--')}"
 
 
-def _ask(repo_id: str, revision: str | None) -> Listing:
+def _ask(repo_id: str, revision: str | None, repo_type: str) -> Listing:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with told_as_hub_errors(repo_id, revision):
+    with told_as_hub_errors(page(repo_id, repo_type), revision):
         try:
             api = HfApi()
-            sha = api.model_info(repo_id, revision=revision).sha
-            tree = api.list_repo_tree(repo_id, revision=sha, recursive=True)
+            sha = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
+            tree = api.list_repo_tree(repo_id, revision=sha, recursive=True, repo_type=repo_type)
             rows = [
                 _remote_file(f.path, f.size, f.blob_id, f.lfs.sha256 if f.lfs else None)
                 for f in tree
@@ -127,7 +144,7 @@ def _ask(repo_id: str, revision: str | None) -> Listing:
     if not sha or not re.fullmatch(r"[0-9a-f]{40}", sha):
         raise HubError(f"{endpoint()} gave {sha!r} as the commit of {repo_id}", hint="check HF_ENDPOINT")
     check_names(repo_id, [f.name for f in rows])
-    return Listing(repo_id, sha, {f.name: f for f in rows})
+    return Listing(repo_id, sha, {f.name: f for f in rows}, repo_type=repo_type)
 
 
 def _remote_file(name: str, nbytes: int, blob_id: str, sha256: str | None) -> RemoteFile:
@@ -138,16 +155,16 @@ def _remote_file(name: str, nbytes: int, blob_id: str, sha256: str | None) -> Re
     return RemoteFile(name, nbytes, etag, sha256)
 
 
-def _from_cache(repo_id: str, revision: str | None) -> Listing | None:
+def _from_cache(repo_id: str, revision: str | None, repo_type: str) -> Listing | None:
     """What an earlier pull left: the client's own record of the commit's files, and those that are there."""
-    folder, name = cache_folder(repo_id), revision or "main"
+    folder, name = cache_folder(repo_id, repo_type), revision or "main"
     ref = folder / "refs" / name
     sha = name if re.fullmatch(r"[0-9a-f]{40}", name) else ref.read_text().strip() if ref.is_file() else ""
     snapshot = folder / "snapshots" / sha
     if not sha or not snapshot.is_dir():
         return None
     files = [_cached_file(p, snapshot) for p in sorted(snapshot.rglob("*")) if p.is_file()]
-    return Listing(repo_id, sha, _recorded(folder, sha) | {f.name: f for f in files}, cached=snapshot)
+    return Listing(repo_id, sha, _recorded(folder, sha) | {f.name: f for f in files}, snapshot, repo_type)
 
 
 def _cached_file(path: Path, snapshot: Path) -> RemoteFile:

@@ -43,15 +43,17 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 
 @dataclass(frozen=True)
 class HubId:
-    """`org/name`, or one GGUF file of it: `org/name/file.gguf`."""
+    """`org/name`, or one file of it: `org/name/file.gguf`."""
 
     repo_id: str
     file: str | None = None
 
 
-def parse_id(text: str) -> HubId | None:
-    """None when `text` cannot be a Hub id. Whether it is a path comes first, and is the caller's question."""
-    match = re.fullmatch(rf"({_PART}/{_PART})(?:/(.+\.gguf))?", text)
+def parse_id(text: str, file: str = r".+\.gguf") -> HubId | None:
+    """None when `text` cannot be a Hub id. Whether it is a path comes first, and is the caller's question. `file`: the
+    pattern of the one file that may be named.
+    """
+    match = re.fullmatch(rf"({_PART}/{_PART})(?:/({file}))?", text)
     if not match or "--" in match[1] or ".." in match[1] or not (match[2] is None or is_safe(match[2])):
         return None
     return HubId(match[1], match[2])

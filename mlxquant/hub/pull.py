@@ -46,17 +46,26 @@ def pull(repo_id: str, revision: str | None = None, *, progress: Progress | None
         raise UsageError(f"{repo_id!r} is no Hub id", hint="write it like org/name or org/name/file.gguf")
     listing = list_files(hub_id.repo_id, revision)
     wanted = [listing.files[n] for n in _choose(hub_id, listing)]
+    folder = fetch(listing, revision, wanted, progress)
+    path = folder / hub_id.file if hub_id.file else folder
+    return Pulled(path, hub_id.repo_id, listing.revision, tuple(wanted))
+
+
+def fetch(
+    listing: Listing, revision: str | None, wanted: list[RemoteFile], progress: Progress | None = None
+) -> Path:
+    """The folder of the cache that holds `wanted`, those that were missing downloaded and checked. `revision`: as it
+    was asked for, a branch or a commit. Raises HubError as `pull` does.
+    """
     missing = [f for f in wanted if listing.path(f.name) is None]
     if missing and listing.cached:
         names = ", ".join(f.name for f in missing[:3])
-        message = f"{hub_id.repo_id} is not complete in the Hub cache ({names}), and the Hub cannot be asked"
+        message = f"{listing.repo_id} is not complete in the Hub cache ({names}), and the Hub cannot be asked"
         raise HubError(message, hint="run the same command once with a network connection")
     if missing:
-        _check_space(hub_id.repo_id, missing)
+        _check_space(listing, missing)
         _download(listing, revision, wanted, missing, progress)
-    folder = cache_folder(hub_id.repo_id) / "snapshots" / listing.revision
-    path = folder / hub_id.file if hub_id.file else folder
-    return Pulled(path, hub_id.repo_id, listing.revision, tuple(wanted))
+    return listing.folder
 
 
 def _choose(hub_id: HubId, listing: Listing) -> list[str]:
@@ -71,15 +80,15 @@ def _choose(hub_id: HubId, listing: Listing) -> list[str]:
     return split_parts(hub_id.repo_id, hub_id.file, listing.files)
 
 
-def _check_space(repo_id: str, missing: Iterable[RemoteFile]) -> None:
+def _check_space(listing: Listing, missing: Iterable[RemoteFile]) -> None:
     """Raises HubError when what is to come does not fit beside what is there."""
-    blobs = cache_folder(repo_id) / "blobs"
+    blobs = cache_folder(listing.repo_id, listing.repo_type) / "blobs"
     needed = sum(f.nbytes for f in missing if not (blobs / f.etag).exists())
     parent = next(p for p in (blobs, *blobs.parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     if needed + _SPARE_BYTES > free:
         room = f"the disk of the Hub cache has {format_bytes(free)} free"
-        raise HubError(f"{repo_id} needs {format_bytes(needed)} more, and {room}", hint=MAKE_ROOM)
+        raise HubError(f"{listing.repo_id} needs {format_bytes(needed)} more, and {room}", hint=MAKE_ROOM)
 
 
 def _download(
@@ -93,9 +102,10 @@ def _download(
 
     total, to_come = sum(f.nbytes for f in wanted), sum(f.nbytes for f in missing)
     report = progress or (lambda done, total: None)
-    with told_as_hub_errors(listing.repo_id, revision), quiet_client():
+    with told_as_hub_errors(listing.page, revision), quiet_client():
         folder = snapshot_download(
             listing.repo_id,
+            repo_type=listing.repo_type,
             revision=revision,  # not the commit: the client then keeps the branch's name, for offline mode
             allow_patterns=[glob.escape(f.name) for f in wanted],
             tqdm_class=_byte_counter(lambda here: report(min(total - to_come + here, total), total)),
