@@ -16,13 +16,15 @@ A figure that is not measured yet says so. --check fails when the page is not wh
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from quality_bits import LEVELS, MODELS, bits_per_weight
+
+from mlxquant.measure.columns import MILLI, estimate
+from mlxquant.measure.report import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "quality.md", ROOT / "benchmarks" / "results"
@@ -70,9 +72,9 @@ def ladder(report: Result) -> str:
             level(student),
             f"{size['bpw']:.2f}",
             f"{size['nbytes'] / 1e6:,.0f}",
-            plus_minus(d["kl"], 1e3),
-            plus_minus(student["behind"], 1e3) if student.get("behind") else "",
-            plus_minus(d["kl_p99"], 1e3),
+            plus_minus(d["kl"], MILLI),
+            plus_minus(student["behind"], MILLI) if student.get("behind") else "",
+            plus_minus(d["kl_p99"], MILLI),
             plus_minus(d["ppl_ratio"]),
             plus_minus(d["delta_p_rms"], 100),
             plus_minus(d["top1"], 100),
@@ -88,7 +90,7 @@ def pair(reports: list[Result], first: str, second: str) -> str:
         if {level(better), level(worse)} == {first, second}:
             sign = 1 if level(worse) == second else -1
             behind = worse["behind"]
-            return plus_minus({"value": sign * behind["value"], "error": behind["error"]}, 1e3) + " milli-nats"
+            return plus_minus({"value": sign * behind["value"], "error": behind["error"]}, MILLI) + " milli-nats"
     return MISSING
 
 
@@ -103,7 +105,7 @@ def one(result: Result, name: str, figure: str) -> str:
         case "top1" | "delta_p_rms":
             return plus_minus(d[figure], 100) + " %"
         case "kl" | "p99":
-            return plus_minus(d["kl" if figure == "kl" else "kl_p99"], 1e3) + " milli-nats"
+            return plus_minus(d["kl" if figure == "kl" else "kl_p99"], MILLI) + " milli-nats"
     return plus_minus(d[figure])
 
 
@@ -120,14 +122,8 @@ def level(student: Result) -> str:
     return str(student["model"]["name"]).removesuffix(".gguf")
 
 
-def plus_minus(estimate: Result, factor: float = 1) -> str:
-    """Value and standard error, which has two digits and decides how many the value has."""
-    value = factor * estimate["value"]
-    if not estimate["error"]:
-        return f"{value:.4g}"
-    error = factor * estimate["error"]
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+def plus_minus(found: Result, scale: float = 1) -> str:
+    return estimate(Estimate(**found), scale)
 
 
 def bits() -> str:
