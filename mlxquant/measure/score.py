@@ -181,7 +181,7 @@ def _five_best(row, tops, ids):
         tops[block] = _greatest(row[block * _LANES : (block + 1) * _LANES].view(np.int32))
     found = 0
     for block in range(tops.size):
-        if found == _BEST and not tops[block] > row[ids[_BEST - 1]]:
+        if block > 0 and not tops[block] > row[ids[_BEST - 1]]:  # the first block has filled all five
             continue
         for token in range(block * _LANES, min((block + 1) * _LANES, row.size)):
             if found < _BEST:

@@ -69,11 +69,18 @@ def test_two_windows_of_two_positions():
 
 
 def test_a_quantile_is_off_by_what_the_share_below_it_is():
-    """Below the median are all of the first window and none of the second: the share is off by 1/2, so the median may be
+    """Below the median are all of the first window, none of the second: the share is off by 1/2, so the median may be
     anything: half the way from least to greatest. With the same numbers dealt evenly it is off by nothing.
     """
     assert summarize(scores([[0, 1, 2, 3], [4, 5, 6, 7]])).kl_median == Estimate(3.5, 3.5)
     assert summarize(scores([[0, 2, 4, 6], [1, 3, 5, 7]])).kl_median == Estimate(3.5, 0.0)
+
+
+def test_a_quantile_that_many_positions_share():
+    """Up to 0 are all of the first window and 1 of 4 of the second: 5/8, off by 3/8, and the median may be from the
+    quantile of 1/8, 0, to that of 7/8, 2.125.
+    """
+    assert summarize(scores([[0, 0, 0, 0], [0, 1, 2, 3]])).kl_median == Estimate(0.0, 2.125 / 2)
 
 
 def test_quantiles_are_numpys():
@@ -219,4 +226,6 @@ def test_worst_first_and_the_earlier_of_equals():
     assert worst(some, 4) == [(1, 1), (0, 1), (1, 0), (1, 2)]
     assert worst(some, 0) == []
     assert worst(some, 99) == [*worst(some, 5), (0, 2)]
-    assert worst(scores(np.zeros((3, 400))), 3) == [(0, 0), (0, 1), (0, 2)]
+    many = scores(np.random.default_rng(6).integers(0, 4, (30, 100)))
+    threes = [(int(window), int(position)) for window, position in np.argwhere(many["kl"] == 3)]
+    assert worst(many, len(threes)) == threes

@@ -183,11 +183,21 @@ def test_equal_rows_diverge_by_exactly_nothing():
     assert (got["shared5"] == 5).all()
 
 
+def test_rounding_makes_no_divergence_negative():
+    """One logit differs in its last place: KL is mostly far below the rounding of float64."""
+    p = logits(np.random.default_rng(6), (200, 2000))
+    q = p.copy()
+    q[:, 7] = np.nextafter(p[:, 7], np.float32(99))
+    got = score(p, q, np.zeros(200, int))["kl"]
+    assert 0 <= got.min() <= got.max() < 1e-12
+
+
 def test_the_lowest_of_equal_tokens_is_the_better():
+    """Also where one block of lanes ends and the next begins."""
     row = np.full(2000, 1.0, np.float32)
-    row[[70, 600, 601, 1999]] = 9
-    assert one(row, row)["best_p"] == 70
-    # p's five best: 70 600 601 1999 0; q's: 1999 70 600 601 1
+    row[[255, 256, 767, 1999]] = 9
+    assert one(row, row)["best_p"] == 255
+    # p's five best: 255 256 767 1999 0; q's: 1999 255 256 767 1
     other = row.copy()
     other[1999], other[0] = 10, 0
     got = one(row, other)
@@ -198,13 +208,15 @@ def test_zeros_of_both_signs_are_equal():
     assert one([-0.0, 0.0], [0.0, -0.0])["best_p"] == 0
 
 
-@pytest.mark.parametrize("kind", ["rising", "falling", "few values", "mostly excluded"])
+@pytest.mark.parametrize("kind", ["rising", "falling", "negative", "few values", "mostly excluded"])
 def test_five_best(kind):
     """Rows on which blocks are hard to pass over, and rows of ties."""
     rng = np.random.default_rng(1)
     p, q = np.sort(logits(rng, (2, 6, 1500)), -1)
     if kind == "falling":
         p, q = p[:, ::-1], q[:, ::-1]
+    elif kind == "negative":
+        p, q = -np.exp(logits(rng, (2, 6, 1500)))
     elif kind == "few values":
         p, q = rng.integers(0, 3, (2, 6, 1500)).astype(np.float32)
     elif kind == "mostly excluded":
