@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error, clustered by window; None where there is one window only."""
+    """A figure and its standard error, clustered by window; None of one window, and where the figure is not finite."""
 
     value: float
     error: float | None
