@@ -1,14 +1,15 @@
 """A model cut before its output head: the trunk gives hidden states, which are small; the head gives logits from them.
 
-mlx-lm's models all say `head(self.model(tokens, cache))`, some with a factor or a soft cap behind it. The trunk is
-called as it is; for the head the model is called with a trunk that hands out what it is given, so that whatever stands
-behind the head is computed by the model itself.
+mlx-lm's models all say `head(self.trunk(tokens, cache))`, some with a factor, a soft cap or a mask behind it, and each
+with arguments of its own. So neither half is called by us: the model is called as ever, with a tap in its trunk's
+place. The tap runs the trunk and keeps what it gives, and logits that nobody evaluates cost nothing; or it hands out
+what it was given, and the model computes whatever stands behind its trunk. Models are copied shallowly for that and
+never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -20,149 +21,148 @@ from mlxquant.run.model import LoadedModel
 Array = np.ndarray[Any, Any]
 
 _TRUNKS = ("model", "backbone", "transformer")
-_HEADS = ("lm_head", "embed_tokens", "embeddings", "word_embeddings", "wte")
-_SLICED = ("Linear", "Embedding")  # those that are stored in half precision; quantized ones are widened as they go
-# Weights of a head that are widened to float32 at a time: 128 MB.
+# Weights of a half-precision head that are widened to float32 at a time: 128 MB.
 _SLICE = 1 << 25
 
 
 class Split:
-    """`hidden` and `logits` of one loaded model.
+    """`hidden` and `logits` of one loaded model, whose weights may still be unread.
 
+    width: columns of hidden states. vocabulary: columns of logits. dtype: what the trunk computes in, 'bfloat16'.
     Raises UnsupportedError when the model has no trunk that can be cut off.
     """
 
     def __init__(self, loaded: LoadedModel, plan: CachePlan) -> None:
         self._make_cache = plan.make
-        self._whole = _innermost(loaded.model)
+        self._whole = innermost(loaded.model)
         self._name = next((name for name in _TRUNKS if name in self._whole), "")
-        self._head = self._name and next((h for h in _HEADS if h in self._whole or h in self.trunk), "")
-        if not self._head:
+        traced = self._name and self._trace()
+        if not traced:
             family = loaded.config.get("model_type")
-            raise UnsupportedError(f"{loaded.path}: eval does not know where the output head of {family!r} begins")
-        self.width, self.vocabulary, self.dtype = self._trace()
+            raise UnsupportedError(
+                f"{loaded.path}: eval does not know where the output head of {family!r} begins",
+                hint="please report the family at the project's issues",
+            )
+        self.width, self.vocabulary, self.dtype, self._behind = traced
 
-    def _trace(self) -> tuple[int, int, str]:
-        """Columns of hidden states, of logits, and the dtype of activations; nothing is evaluated."""
+    def _trace(self) -> tuple[int, int, str, set[str]] | None:
+        """Width, vocabulary, dtype, and what the head asks of the trunk (a tied embedding); None where the trunk is not
+        called, gives no states, or gives logits. Nothing is evaluated.
+        """
         import mlx.core as mx
 
-        token = mx.zeros((1, 1), dtype=mx.int32)
-        out, logits = self.trunk(token, cache=self._make_cache()), self._whole(token, cache=self._make_cache())
-        return out.shape[-1], logits.shape[-1], str(out.dtype).rpartition(".")[2]
+        tap = _Tap(self.trunk)
+        logits = self._with(tap)(mx.zeros((1, 1), dtype=mx.int32), cache=self._make_cache())
+        if not isinstance(tap.out, mx.array) or tap.out.shape[:-1] != (1, 1) or tap.out is logits:
+            return None
+        return tap.out.shape[-1], logits.shape[-1], str(tap.out.dtype).rpartition(".")[2], tap.asked
 
     @property
     def trunk(self) -> Any:
-        return getattr(self._whole, self._name)
+        return self._whole[self._name]
 
     def drop_trunk(self) -> None:
         """Lets go of all but the head: `logits` still works, `hidden` does not."""
-        for name in list(self.trunk):
-            if name != self._head:
-                self.trunk.pop(name)
+        for name in self.trunk.keys() - self._behind:
+            self.trunk.pop(name)
 
     def hidden(self, tokens_L: Array, first: int, step: int | None = None) -> Array:
         """Hidden states of positions first .. L-2, those whose next token the window has: (P, H), in the dtype they are
-        computed in (bfloat16 as float32, which holds it exactly).
+        computed in (float16 and bfloat16 as float32, which holds them exactly).
 
-        Tokens before `first` go into the cache beforehand. step: at most so many tokens at once.
+        step: at most so many tokens at once, the others before them in the cache.
         """
         import mlx.core as mx
 
         cache, parts = self._make_cache(), []
         ids = [int(token) for token in tokens_L[:-1]]
-        for start, stop in _chunks(len(ids), first, step):
-            out_1LH = self.trunk(mx.array([ids[start:stop]]), cache=cache)
-            mx.eval(out_1LH, [entry.state for entry in cache])
-            if start >= first:
-                parts.append(np.array(_exact(out_1LH[0])))
+        step = step or len(ids)
+        for start in range(0, len(ids), step):
+            tap = _Tap(self.trunk)
+            self._with(tap)(mx.array([ids[start : start + step]]), cache=cache)
+            mx.eval(tap.out, [entry.state for entry in cache])
+            parts.append(np.array(tap.out[0, max(0, first - start) :].astype(mx.float32)))
         mx.clear_cache()
         return np.concatenate(parts)
 
     def logits(self, hidden_PH: Array) -> Array:
-        """float32 (P, V). The head computes in float32, whatever it is stored in, a slice of the vocabulary at a time
-        where it has to be widened for that.
-        """
+        """float32 (P, V). The head computes in float32, whatever it is stored in."""
         import mlx.core as mx
 
-        given = _Given(self.trunk, mx.array(hidden_PH)[None].astype(mx.float32))
-        tokens = mx.zeros((1, len(hidden_PH)), dtype=mx.int32)
-        parts = []
-        for head in self._slices():
-            given.put(self._head, head)
-            with _swapped(self._whole, self._name, given), _swapped(self._whole, self._own_head, head):
-                parts.append(np.array(self._whole(tokens)[0].astype(mx.float32)))
+        tap = _Tap(self.trunk, mx.array(hidden_PH)[None].astype(mx.float32))
+        whole = self._with(tap)
+        for name, child in self._whole.items():
+            if name != self._name:
+                whole[name] = _widened(child)
+        logits_PV = np.array(whole(mx.zeros((1, len(hidden_PH)), dtype=mx.int32))[0].astype(mx.float32))
         mx.clear_cache()
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        return logits_PV
 
-    @property
-    def _own_head(self) -> str:
-        return self._head if self._head in self._whole else ""
-
-    def _slices(self) -> Iterator[Any]:
-        """The head, as whole as float32 copies of it may be."""
-        import mlx.core as mx
-
-        head = getattr(self._whole if self._own_head else self.trunk, self._head)
-        rows, width = head["weight"].shape[0], head["weight"].size // head["weight"].shape[0]
-        if type(head).__name__ not in _SLICED or head["weight"].dtype in (mx.float32, mx.uint32):
-            yield head
-            return
-        step = max(1, _SLICE // width)
-        for start in range(0, rows, step):
-            yield _rows(head, start, start + step)
+    def _with(self, tap: _Tap) -> Any:
+        whole = copy(self._whole)
+        whole[self._name] = tap
+        return whole
 
 
-class _Given:
-    """In the trunk's place: what it is given, and else the trunk itself."""
+class _Tap:
+    """In the trunk's place. Without `out` it runs the trunk and keeps what that gives; with it, it hands that out.
 
-    def __init__(self, trunk: Any, out: Any) -> None:
-        self._trunk, self._out = trunk, out
+    asked: names of the trunk's parts that the model reached for itself.
+    """
 
-    def put(self, name: str, head: Any) -> None:
-        setattr(self, name, head)
+    def __init__(self, trunk: Any, out: Any = None) -> None:
+        self._trunk, self._given, self.out = trunk, out is not None, out
+        self.asked: set[str] = set()
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return self._out
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._given:
+            self.out = self._trunk(*args, **kwargs)
+        return self.out
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._trunk, name)
+        self.asked.add(name)
+        part = getattr(self._trunk, name)
+        return _widened(part) if self._given else part
 
 
-@contextmanager
-def _swapped(module: Any, name: str, other: Any) -> Iterator[None]:
-    if not name:
-        yield
-        return
-    before = getattr(module, name)
-    setattr(module, name, other)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+def _widened(part: Any) -> Any:
+    """A float16 or bfloat16 head as one that computes in float32; anything else as it is.
+
+    Quantized ones need no such thing: given float32, MLX's kernels widen codes as they go.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    half = type(part) in (nn.Linear, nn.Embedding) and part["weight"].dtype in (mx.float16, mx.bfloat16)
+    return _Widened(part) if half else part
 
 
-def _rows(head: Any, start: int, stop: int) -> Any:
-    """A layer with some of another's rows; nothing is copied until it computes."""
-    part = type(head).__new__(type(head))  # type: ignore[call-overload]
-    part.__dict__.update(head.__dict__)
-    dict.update(part, {name: array[start:stop] for name, array in head.items()})
-    return part
+class _Widened:
+    """A head of which some rows are widened at a time: all at once would be twice its bytes more."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    def __call__(self, x: Any) -> Any:
+        out = self.as_linear(x)
+        return out + self._head["bias"] if "bias" in self._head else out
+
+    def as_linear(self, x: Any) -> Any:
+        import mlx.core as mx
+
+        weight_VH = self._head["weight"]
+        step, parts = max(1, _SLICE // weight_VH.shape[1]), []
+        for start in range(0, weight_VH.shape[0], step):
+            parts.append(x @ weight_VH[start : start + step].astype(mx.float32).T)
+            mx.eval(parts[-1])
+        return mx.concatenate(parts, axis=-1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
 
 
-def _innermost(model: Any) -> Any:
-    """Models for text and images keep the one for text a level deeper."""
+def innermost(model: Any) -> Any:
+    """The model for text alone: those for text and images keep it a level deeper."""
     while "language_model" in model:
         model = model.language_model
     return model
-
-
-def _chunks(count: int, first: int, step: int | None) -> Iterator[tuple[int, int]]:
-    for low, high in ((0, first), (first, count)):
-        for start in range(low, high, step or count):
-            yield start, min(start + (step or count), high)
-
-
-def _exact(out: Any) -> Any:
-    import mlx.core as mx
-
-    return out.astype(mx.float32)
