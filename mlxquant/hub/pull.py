@@ -51,9 +51,7 @@ def pull(repo_id: str, revision: str | None = None, *, progress: Progress | None
     return Pulled(path, hub_id.repo_id, listing.revision, tuple(wanted))
 
 
-def fetch(
-    listing: Listing, revision: str | None, wanted: list[RemoteFile], progress: Progress | None = None
-) -> Path:
+def fetch(listing: Listing, revision: str | None, wanted: list[RemoteFile], progress: Progress | None = None) -> Path:
     """The folder of the cache that holds `wanted`, those that were missing downloaded and checked. `revision`: as it
     was asked for, a branch or a commit. Raises HubError as `pull` does.
     """

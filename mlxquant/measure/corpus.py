@@ -180,7 +180,8 @@ def builtin() -> Corpus:
     prose = _by_turns([_pieces(topic, _PROSE_CHARS) for topic in _topics()])
     modules, missing = _modules()
     code = _by_turns([_pieces(module, _CODE_CHARS) for module in modules])
-    parts, total = [], 0
+    parts: list[str] = []
+    total = 0
     for pair in zip(prose, code, strict=False):
         parts.extend(pair)
         total += sum(map(len, pair))
