@@ -12,7 +12,6 @@ run trusts the journal only where the bytes on disk have the hash it names.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -24,10 +23,11 @@ import numpy as np
 
 from mlxquant.errors import TargetError
 from mlxquant.files.journal import Groups, Journal, heading, read_journal
+from mlxquant.files.locking import open_locked
 from mlxquant.files.place import MODEL, MOVING, REPLACED, FolderPlace, Place, check_apart, exists_error
 from mlxquant.files.reading import plain_name, shown
 from mlxquant.files.shards import Shard, ShardWriter, check_space
-from mlxquant.files.writing import flush, replace_file, target_error, writing
+from mlxquant.files.writing import flush, replace_file, writing
 
 _OWN = {"lock", "journal", "scratch", MODEL, MOVING, REPLACED}  # what OUT.partial may hold
 _SMALL_FILES_BYTES = 64 * 2**20  # room left for tokenizer, config, index and journal
@@ -160,22 +160,10 @@ class Workspace:
             self.partial.mkdir(parents=True, exist_ok=True)
             if self.partial.is_symlink():
                 raise TargetError(f"{self.partial}: is a link, expected a folder of our own", hint="remove it")
-            lock = self.partial / "lock"
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had it may have published, and so removed, the file between our open and our lock.
-            if not os.path.samestat(os.fstat(self._lock), lock.stat()):
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError) as exc:
-            self.close()
-            raise TargetError(
-                f"{self.partial}: another process is writing it",
-                hint="wait for it or choose another output folder",
-            ) from exc
-        except OSError as exc:
-            self.close()
-            raise target_error(lock, exc) from exc
+        busy = TargetError(
+            f"{self.partial}: another process is writing it", hint="wait for it or choose another output folder"
+        )
+        self._lock = open_locked(self.partial / "lock", busy)
 
     def _begin(self, head: dict[str, Any], resume: bool | None, restart: bool) -> None:
         with writing(self.partial):

@@ -199,7 +199,7 @@ def test_a_lock_that_was_published_away(tmp_path, monkeypatch):
         real(fd, how)
 
     real = fcntl.flock
-    monkeypatch.setattr("mlxquant.files.publish.fcntl.flock", flock)
+    monkeypatch.setattr("mlxquant.files.locking.fcntl.flock", flock)
     with pytest.raises(TargetError, match="another process"):
         opened(tmp_path / "out")
 
