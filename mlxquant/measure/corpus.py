@@ -208,7 +208,7 @@ def _topics() -> list[str]:
         paragraphs = [(" ".join(part.split()), part) for part in topics[name].split("\n\n")]
         kept.append("\n\n".join(part for key, part in paragraphs if key not in seen))
         seen.update(key for key, _ in paragraphs)
-    return kept
+    return [topic for topic in kept if len(topic) >= _PROSE_CHARS / 3]  # of some, only the title is left
 
 
 def _modules() -> tuple[list[str], list[str]]:
