@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +17,6 @@ _MADE_CHARS = 200  # keys of a file may hold megabytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlxquant.files.gguf_file import GGUFTensor
     from mlxquant.hub.listing import RemoteFile
     from mlxquant.plan.describe import Description, Sums
 
@@ -48,23 +46,20 @@ def command(model: str, revision: str | None, tensors: bool, as_json: bool) -> N
 
 def _local(model: str, revision: str | None) -> tuple[Description, dict[str, Any]]:
     from mlxquant.cli.resolve import resolve
-    from mlxquant.files.hf_folder import HFFolder
-    from mlxquant.plan.describe import describe, describe_gguf
+    from mlxquant.convert.described import describe_path
 
     path = resolve(model, revision)
-    if path.is_file():
-        return describe_gguf(*_open_gguf(path)), {"path": str(path)}
-    folder = HFFolder(path)
-    return describe(folder.config, folder.specs), {"path": str(path)}
+    return describe_path(path), {"path": str(path)}
 
 
 def _remote(model: str, revision: str | None) -> tuple[Description, dict[str, Any]]:
     from mlxquant.plan.describe import describe, describe_gguf
 
     if model.endswith(".gguf"):
+        from mlxquant.convert.described import front_bytes, gguf_header
         from mlxquant.hub.front import read_front
 
-        parts, listing, file = read_front(model, revision, _open_gguf, _gguf_needs)
+        parts, listing, file = read_front(model, revision, gguf_header, front_bytes)
         return describe_gguf(*parts), _origin(model, listing.revision, [file])
     from mlxquant.hub.headers import remote_specs
 
@@ -75,28 +70,6 @@ def _remote(model: str, revision: str | None) -> tuple[Description, dict[str, An
 def _origin(model: str, revision: str, files: Iterable[RemoteFile]) -> dict[str, Any]:
     listed = [{"name": f.name, "bytes": f.nbytes, "sha256": f.sha256} for f in files]
     return {"id": model, "revision": revision, "files": listed}
-
-
-def _open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], list[float] | None]:
-    """Metadata, tensors, and the rope factors, which are a tensor but belong to the config."""
-    from mlxquant.families.gguf import ROPE_FREQS
-    from mlxquant.files.gguf_file import GGUFFile
-
-    file = GGUFFile(path)
-    factors = file.tensors.get(ROPE_FREQS)
-    if factors is None or factors.type_name != "F32":
-        return file.metadata, file.tensors, None
-    return file.metadata, file.tensors, file.read_rows(ROPE_FREQS, 0, 1).view("<f4")[0].tolist()
-
-
-def _gguf_needs(parts: tuple[dict[str, Any], dict[str, GGUFTensor], list[float] | None]) -> int:
-    """Bytes of the front that `_open_gguf` looks at: up to the first tensor, or the end of the factors."""
-    from mlxquant.families.gguf import ROPE_FREQS
-
-    _, tensors, factors = parts
-    if factors is not None:
-        return tensors[ROPE_FREQS].offset + tensors[ROPE_FREQS].nbytes
-    return min((t.offset for t in tensors.values()), default=0)
 
 
 def draw(description: Description, origin: dict[str, Any], tensors: bool) -> None:

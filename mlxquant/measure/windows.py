@@ -85,7 +85,7 @@ def cut(text: Text, corpus: Corpus, protocol: Protocol) -> Windows:
     """The corpus in the tokens of `text`'s tokenizer, in windows. Raises UsageError when it is shorter than one."""
     start = _begins_with(text)
     # llama.cpp's -f drops the last newline. An end token that the tokenizer would add is none of the text's.
-    ids = np.array(start + _encode(text, corpus.text.removesuffix("\n")), np.int32)
+    ids = np.array(start + encode(text, corpus.text.removesuffix("\n")), np.int32)
     context, step = protocol.context, protocol.step
     if len(ids) < context:
         raise UsageError(
@@ -101,12 +101,12 @@ def cut(text: Text, corpus: Corpus, protocol: Protocol) -> Windows:
 
 def _begins_with(text: Text) -> list[int]:
     """What the tokenizer puts before a text, by what it puts before one letter."""
-    bare, whole = _encode(text, "x"), _encode(text, "x", around=True)
+    bare, whole = encode(text, "x"), encode(text, "x", around=True)
     places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[: next(places, 0)]
 
 
-def _encode(text: Text, part: str, around: bool = False) -> list[int]:
+def encode(text: Text, part: str, around: bool = False) -> list[int]:
     """Token ids; strings of special tokens are text like any other. verbose: no word about texts longer than a model's
     maximum, which no window is.
     """
