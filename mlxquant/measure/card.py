@@ -36,13 +36,19 @@ def command(report: Report) -> str:
     """The command line that gives these figures, with the models' names in place of their paths."""
     s = report.setting
     words = ["mlxquant", "eval", report.teacher.name, *(student.model.name for student in report.students)]
-    words += ["--text", s.text] if not s.text.startswith("built-in") else []
+    words += [] if s.text.startswith("built-in:") else ["--text", _text(s.text)]
     words += ["--context", str(s.context)]
     words += ["--stride", str(s.stride)] if s.stride != s.context else []
     words += ["--windows", str(s.windows) if s.windows < s.available else "all"]
     words += ["--device", s.device.split(" ")[0]]
     words += ["--speed"] if any(student.model.speed for student in report.students) else []
     return shlex.join(words)
+
+
+def _text(label: str) -> str:
+    """corpus.py's label as what --text takes: a file is called by its name, a dataset's file by its place there."""
+    dataset = re.fullmatch(r"([^/@]+/[^/@]+)@[0-9a-f]+: (.+)", label)
+    return f"{dataset[1]}/{dataset[2]}" if dataset else label
 
 
 def plain(text: str) -> str:

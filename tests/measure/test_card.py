@@ -110,5 +110,18 @@ def test_the_command_line_is_one_that_eval_takes():
     assert "--windows all" in command(reports.report(setting=reports.setting(windows=561)))
 
 
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("built-in: language reference and library source of Python 3.11.9 (not WikiText)", []),
+        ("wiki text.txt", ["--text", "wiki text.txt"]),
+        ("org/name@0123456789ab: data/valid.txt", ["--text", "org/name/data/valid.txt"]),
+    ],
+)
+def test_the_text_is_asked_for_as_eval_takes_it(label: str, words: list[str]):
+    found = shlex.split(command(reports.report(setting=reports.setting(text=label))))
+    assert found[found.index("smol-mlx-2bit") + 1 : found.index("--context")] == words
+
+
 def test_the_same_report_gives_the_same_card():
     assert card(reports.report()) == card(reports.report())

@@ -224,7 +224,7 @@ def test_a_name_stands_by_its_own_mark_or_has_a_line_to_it():
 
 def test_two_marks_side_by_side_on_the_front_keep_their_names_apart():
     left, right = (100.0, 100.0), (107.0, 101.0)
-    (first, _), (second, _) = crowd([left, right], [(50, 150), left, (150, 60)])
+    (first, _), (second, _) = crowd([left, right], [(0, 110), left, (150, 60)])
     assert first.distance(left) < first.distance(right)
     assert second.distance(right) < second.distance(left)
 
