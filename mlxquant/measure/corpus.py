@@ -86,18 +86,24 @@ def _corpus(text: str, label: str, where: str) -> Corpus:
 def _read(path: Path, where: str) -> str:
     """The text in a file, by the end of its name."""
     file = InputFile(path)
-    _check_length(file.nbytes, where)
     if path.suffix == ".parquet":
+        _check_length(file.nbytes, where)
         return _joined(_parquet_records(path, where), where)
+    _check_binary(file.read(0, min(file.nbytes, 4096), "the text"), where)  # before its length: weights are no text
+    _check_length(file.nbytes, where)
     data = file.read(0, file.nbytes, "the text")
-    if b"\0" in data:
-        raise SourceError(f"{where}: is binary, expected UTF-8 text", hint="name a text file")
+    _check_binary(data, where)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = f"byte {data[error.start]:#04x} at {error.start:,}"
         raise SourceError(f"{where}: is not UTF-8 ({found})", hint="convert it with `iconv -t UTF-8`") from error
     return _joined(_json_records(text, where), where) if path.suffix in (".jsonl", ".json") else text
+
+
+def _check_binary(data: bytes, where: str) -> None:
+    if b"\0" in data:
+        raise SourceError(f"{where}: is binary, expected UTF-8 text", hint="name a text file")
 
 
 def _check_length(nbytes: int, where: str) -> None:

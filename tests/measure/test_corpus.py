@@ -77,8 +77,15 @@ def test_files_that_are_no_text(tmp_path: Path, name: str, data: bytes, match: s
 
 def test_a_file_too_large_to_be_text_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as file:
+        file.write(b"text " * 1000)
         file.truncate(2**40)  # sparse: it takes no room
     refused(tmp_path / "a.txt", SourceError, r"a\.txt: .* of text, expected at most")
+
+
+def test_weights_are_no_text_however_large(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2**40)
+    refused(tmp_path / "model.safetensors", SourceError, "is binary")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
