@@ -110,5 +110,5 @@ def encode(text: Text, part: str, around: bool = False) -> list[int]:
     """Token ids; strings of special tokens are text like any other. verbose: no word about texts longer than a model's
     maximum, which no window is.
     """
-    encode = text.tokenizer.encode
-    return list(encode(part, add_special_tokens=around, split_special_tokens=True, verbose=False))
+    kind = {"add_special_tokens": around, "split_special_tokens": True, "verbose": False}
+    return list(text.tokenizer.encode(part, **kind))
