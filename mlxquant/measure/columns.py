@@ -172,7 +172,7 @@ def protocol(report: Report) -> str:
 
 def floor(report: Report) -> str:
     """From where on differences mean nothing on this device."""
-    found = significant(report.setting.floor * MILLI)
+    found = significant(report.setting.floor * MILLI).lstrip("<")
     return f"Differences below {found} mnat are rounding noise of this device." if report.setting.floor > 0 else ""
 
 

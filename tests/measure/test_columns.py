@@ -69,6 +69,7 @@ def test_the_protocol_says_what_was_read():
 
 def test_the_floor_is_said_where_there_is_one():
     assert floor(reports.report(setting=reports.setting(floor=2e-6))).startswith("Differences below 0.00200 mnat")
+    assert floor(reports.report(setting=reports.setting(floor=1e-13))).startswith("Differences below 0.000001 mnat")
     assert floor(reports.report(setting=reports.setting(floor=0.0))) == ""
 
 
