@@ -45,7 +45,7 @@ _MIXERS = {
     "ssm": "a recurrent state", "none": "no attention",
 }  # fmt: skip
 _FFNS = {"dense": "one feed-forward part", "moe": "experts", "none": "no feed-forward part"}
-_CHARACTERS = 8  # of text for each token, to begin with: English has four or five
+_CHARACTERS = 5  # of text for each token, to begin with: English has four
 _BEFORE = 8  # tokens to show before the first that differs
 _NEXT = "name the model that it was quantized from as the teacher"
 
