@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxquant.errors import UnsupportedError
+from mlxquant.measure.score import score
 from mlxquant.run.cache import CachePlan
 from mlxquant.run.model import LoadedModel
 
@@ -23,20 +24,23 @@ Array = np.ndarray[Any, Any]
 _TRUNKS = ("model", "backbone", "transformer")
 # Weights of a half-precision head that are widened to float32 at a time: 128 MB.
 _SLICE = 1 << 25
+# Of the logits that are compared at a time there are three or four copies: 64 MB each.
+LOGITS_BYTES = 1 << 26
 
 
 class Split:
     """`hidden` and `logits` of one loaded model, whose weights may still be unread.
 
-    width: columns of hidden states. vocabulary: columns of logits. dtype: what the trunk computes in, 'bfloat16'.
+    whole: the model for text. name: its trunk's. width: columns of hidden states. vocabulary: columns of logits.
+    dtype: what the trunk computes in, 'bfloat16'.
     Raises UnsupportedError when the model has no trunk that can be cut off.
     """
 
     def __init__(self, loaded: LoadedModel, plan: CachePlan) -> None:
-        self._make_cache = plan.make
-        self._whole = innermost(loaded.model)
-        self._name = next((name for name in _TRUNKS if name in self._whole), "")
-        traced = self._name and self._trace()
+        self.make_cache = plan.make
+        self.whole = innermost(loaded.model)
+        self.name = next((name for name in _TRUNKS if name in self.whole), "")
+        traced = self.name and self._trace()
         if not traced:
             family = loaded.config.get("model_type")
             raise UnsupportedError(
@@ -51,15 +55,21 @@ class Split:
         """
         import mlx.core as mx
 
-        tap = _Tap(self.trunk)
-        logits = self._with(tap)(mx.zeros((1, 1), dtype=mx.int32), cache=self._make_cache())
+        tap = Tap(self.trunk)
+        logits = self._with(tap)(mx.zeros((1, 1), dtype=mx.int32), cache=self.make_cache())
         if not isinstance(tap.out, mx.array) or tap.out.shape[:-1] != (1, 1) or tap.out is logits:
             return None
         return tap.out.shape[-1], logits.shape[-1], str(tap.out.dtype).rpartition(".")[2], tap.asked
 
     @property
     def trunk(self) -> Any:
-        return self._whole[self._name]
+        return self.whole[self.name]
+
+    def of(self, whole: Any) -> Split:
+        """The same cut of a model that is built alike."""
+        other = copy(self)
+        other.whole = whole
+        return other
 
     def drop_trunk(self) -> None:
         """Lets go of all but the head: `logits` still works, `hidden` does not."""
@@ -74,11 +84,11 @@ class Split:
         """
         import mlx.core as mx
 
-        cache, parts = self._make_cache(), []
+        cache, parts = self.make_cache(), []
         ids = [int(token) for token in tokens_L[:-1]]
         step = step or len(ids)
         for start in range(0, len(ids), step):
-            tap = _Tap(self.trunk)
+            tap = Tap(self.trunk)
             self._with(tap)(mx.array([ids[start : start + step]]), cache=cache)
             mx.eval(tap.out, [entry.state for entry in cache])
             parts.append(np.array(tap.out[0, max(0, first - start) :].astype(mx.float32)))
@@ -89,39 +99,39 @@ class Split:
         """float32 (P, V). The head computes in float32, whatever it is stored in."""
         import mlx.core as mx
 
-        tap = _Tap(self.trunk, mx.array(hidden_PH)[None].astype(mx.float32))
+        tap = Tap(self.trunk, mx.array(hidden_PH)[None].astype(mx.float32))
         whole = self._with(tap)
-        for name, child in self._whole.items():
-            if name != self._name:
+        for name, child in self.whole.items():
+            if name != self.name:
                 whole[name] = _widened(child)
         logits_PV = np.array(whole(mx.zeros((1, len(hidden_PH)), dtype=mx.int32))[0].astype(mx.float32))
         mx.clear_cache()
         return logits_PV
 
-    def _with(self, tap: _Tap) -> Any:
-        whole = copy(self._whole)
-        whole[self._name] = tap
+    def _with(self, tap: Tap) -> Any:
+        whole = copy(self.whole)
+        whole[self.name] = tap
         return whole
 
 
-class _Tap:
-    """In the trunk's place. Without `out` it runs the trunk and keeps what that gives; with it, it hands that out.
+class Tap:
+    """In a module's place. Without `out` it runs the module and keeps what that gives; with it, it hands that out.
 
-    asked: names of the trunk's parts that the model reached for itself.
+    asked: names of the module's parts that others reached for themselves.
     """
 
-    def __init__(self, trunk: Any, out: Any = None) -> None:
-        self._trunk, self._given, self.out = trunk, out is not None, out
+    def __init__(self, module: Any, out: Any = None) -> None:
+        self._module, self._given, self.out = module, out is not None, out
         self.asked: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._given:
-            self.out = self._trunk(*args, **kwargs)
+            self.out = self._module(*args, **kwargs)
         return self.out
 
     def __getattr__(self, name: str) -> Any:
         self.asked.add(name)
-        part = getattr(self._trunk, name)
+        part = getattr(self._module, name)
         return _widened(part) if self._given else part
 
 
@@ -159,6 +169,15 @@ class _Widened:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._head, name)
+
+
+def compare(p: Split, q: Split, p_PH: Array, q_PH: Array, next_P: Array) -> Array:
+    """POSITION (P,) from the hidden states of teacher p and student q; some positions at a time, so that logits take a
+    bounded room whatever the vocabulary.
+    """
+    rows = max(16, LOGITS_BYTES // (4 * p.vocabulary))
+    parts = [slice(at, at + rows) for at in range(0, len(next_P), rows)]
+    return np.concatenate([score(p.logits(p_PH[s]), q.logits(q_PH[s]), next_P[s]) for s in parts])
 
 
 def innermost(model: Any) -> Any:
