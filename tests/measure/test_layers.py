@@ -32,8 +32,8 @@ WINDOWS = Windows(
 )  # fmt: skip
 # Those whose loops over layers differ: windows, states, a list of kinds, embeddings that are scaled.
 TRUNKS = (
-    "llama", "smollm3", "granite", "gemma2", "gemma3", "cohere2", "phi3", "gpt_oss", "deepseek_v3", "qwen3_next", "mamba2",
-    "nemotron_h",
+    "llama", "smollm3", "granite", "gemma2", "gemma3", "cohere2", "phi3", "gpt_oss", "deepseek_v3", "qwen3_next",
+    "mamba2", "nemotron_h",
 )  # fmt: skip
 
 
