@@ -17,29 +17,24 @@ from mlxquant.cli.running import Tokens
 from mlxquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlxquant.measure.evaluate import How
     from mlxquant.measure.match import Side
     from mlxquant.measure.report import Report
+    from mlxquant.measure.runner import How
     from mlxquant.measure.windows import Windows
 
+WINDOWS = 64
 LAYERS_WINDOWS = 2  # --layers runs the model once for each tensor and window
 
 
-class Count(click.ParamType):
-    """A number, or 'all'."""
-
-    name = "number|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "all":
-            return 0
-        try:
-            count = int(value)
-        except ValueError:
-            count = 0
-        if count < 1:
-            self.fail(f"{value!r} is neither a number from 1 nor 'all'", param, ctx)
-        return count
+def count(text: str | None, default: int) -> int | None:
+    """'all' -> None. Raises UsageError."""
+    if text is None:
+        return default
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--windows {text} is neither a number from 1 nor 'all'", hint="try --windows 64")
+    return int(text)
 
 
 @click.command()
@@ -55,9 +50,7 @@ class Count(click.ParamType):
 @click.option(
     "--context", type=Tokens(), default=512, show_default=True, help="Tokens of a window; its second half is scored."
 )
-@click.option(
-    "--windows", type=Count(), metavar="N|all", help="How many windows of the text.  [default: 64; 2 with --layers]"
-)
+@click.option("--windows", metavar="N|all", help="How many windows of the text.  [default: 64; 2 with --layers]")
 @click.option("--stride", type=Tokens(), help="Tokens from one window's beginning to the next.  [default: --context]")
 @click.option(
     "--keep",
@@ -143,14 +136,14 @@ def _open(teacher: str, students: tuple[str, ...], options: dict[str, Any]) -> t
         device = prepare(options["device"])
         from mlxquant.convert.sources import open_source
         from mlxquant.measure.corpus import load_corpus
-        from mlxquant.measure.evaluate import How, named
+        from mlxquant.measure.evaluate import named
         from mlxquant.measure.match import Side
+        from mlxquant.measure.runner import How
         from mlxquant.measure.windows import Protocol, cut
         from mlxquant.run.text import Text
 
-        wanted = {None: LAYERS_WINDOWS if options["layers"] else 64, 0: None}
-        count = wanted.get(options["windows"], options["windows"])
-        protocol = Protocol(options["context"], options["stride"], count)
+        wanted = count(options["windows"], LAYERS_WINDOWS if options["layers"] else WINDOWS)
+        protocol = Protocol(options["context"], options["stride"], wanted)
         corpus = load_corpus(options["text"])
         sides = [
             Side(path, open_source(path).config, Text.load(path), name)
@@ -182,7 +175,7 @@ def _watching() -> Iterator[_Watch]:
 
 
 def _timed(report: Report, sides: list[Side], how: How) -> Report:
-    from mlxquant.measure.evaluate import with_speed
+    from mlxquant.measure.timed import with_speed
 
     with waiting("Timing each model"):
         return with_speed(report, sides, how)
@@ -214,7 +207,7 @@ def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, An
     from rich.console import Console
 
     from mlxquant.cli.eval_table import show_layers
-    from mlxquant.measure.evaluate import by_tensor
+    from mlxquant.measure.by_tensor import by_tensor
 
     with _watching() as watch:
         whole, rows = by_tensor(sides[0], sides[1], windows, how, watch=watch)

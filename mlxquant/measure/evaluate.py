@@ -12,147 +12,27 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mlxquant.errors import SourceError, UsageError
 from mlxquant.measure.divergence import difference, summarize, worst
-from mlxquant.measure.forward import Split
+from mlxquant.measure.forward import compare
 from mlxquant.measure.kept import Kept
 from mlxquant.measure.match import Side, check_student
-from mlxquant.measure.report import Model, Report, Setting, Speed, Student, Worst
-from mlxquant.measure.score import POSITION, score
+from mlxquant.measure.report import Model, Report, Setting, Student, Worst
+from mlxquant.measure.runner import How, Runner, Teacher, Watch, both_fit, notes_on
+from mlxquant.measure.score import POSITION
 from mlxquant.measure.size import sha256_of, size_of, tokenizer_sha256
-from mlxquant.measure.speed import Case, bench
 from mlxquant.measure.windows import Windows
-from mlxquant.run.budget import FILL
-from mlxquant.run.device import Device
-from mlxquant.run.ready import Ready, make_ready, open_unread
 
 Array = np.ndarray[Any, Any]
 
-# Of the logits that are alive at a time there are three or four copies: 64 MB each.
-_LOGITS_BYTES = 1 << 26
-SPEED = Case(512, 128, 0)  # what --speed times
 _TEXT_TOKENS = 16  # of text before one of the worst positions
-
-
-class Watch(Protocol):
-    """Who is told how far things are. `stopped` is asked after each window."""
-
-    def stage(self, label: str, total: int, unit: str) -> None: ...
-
-    def advance(self, count: int, note: str = "") -> None: ...
-
-    def stopped(self) -> bool: ...
-
-
-class Silent:
-    """Nobody watches."""
-
-    def stage(self, label: str, total: int, unit: str) -> None:
-        pass
-
-    def advance(self, count: int, note: str = "") -> None:
-        pass
-
-    def stopped(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class How:
-    """How models are run. worst: positions shown of each student."""
-
-    device: Device
-    expand: str = "auto"
-    force: bool = False
-    worst: int = 5
-
-
-class Runner:
-    """One model, opened without its weights being read. Raises MemoryBudgetError when it would not fit alone."""
-
-    def __init__(self, side: Side, windows: Windows, how: How) -> None:
-        self.ready: Ready = open_unread(
-            side.path,
-            how.device,
-            side.text,
-            expand=how.expand,
-            context_tokens=windows.tokens_WL.shape[1],
-            force=how.force,
-        )
-        self.split = Split(self.ready.loaded, self.ready.plan)
-
-    def read(self) -> None:
-        self.ready.loaded.materialize()
-
-    def hidden(self, tokens_L: Array, first: int, step: int | None = None) -> Array:
-        return self.split.hidden(tokens_L, first, step or self.ready.prefill_step)
-
-
-class Teacher:
-    """Final hidden states of each window, from the kept file or, where that ends, by running."""
-
-    def __init__(self, side: Side, windows: Windows, how: How, work: Path, identity: dict[str, Any]) -> None:
-        self.windows, self.runner = windows, Runner(side, windows, how)
-        loaded = self.runner.ready.loaded
-        self.header = identity | {"expanded": loaded.expanded}
-        shape = (windows.next_P(0).size, self.runner.split.width)
-        self._kept = Kept.open(work / "teacher.states", self.header, np.dtype((np.float32, shape)))
-        self._floor = Kept.open(work / "floor.scores", self.header, np.dtype((POSITION, shape[:1])))
-        self._read = False
-
-    def close(self) -> None:
-        self._kept.close()
-        self._floor.close()
-
-    @property
-    def complete(self) -> bool:
-        return len(self._kept) == len(self.windows.tokens_WL) and len(self._floor) == 1
-
-    def read(self) -> None:
-        """What is still needed of it: all, or the head alone."""
-        if self.complete:
-            self.runner.split.drop_trunk()
-        if not self._read:
-            self.runner.read()
-            self._read = True
-
-    def hidden(self, i: int) -> Array:
-        """Of window i; all before it are kept already."""
-        if len(self._floor) == 0:
-            self._floor.append(self._from_itself())
-        if i < len(self._kept):
-            return self._kept.read(i)
-        hidden_PH = self.runner.hidden(self.windows.tokens_WL[i], self.windows.first)
-        self._kept.append(hidden_PH)
-        return hidden_PH
-
-    def _from_itself(self) -> Array:
-        """Scores of the first window against the same in other chunks: sums are then added in another order."""
-        tokens_L, first = self.windows.tokens_WL[0], self.windows.first
-        other = self.runner.hidden(tokens_L, first, max(1, first // 3))
-        same = self.runner.hidden(tokens_L, first)
-        return scored(self, self.runner.split, same, other, self.windows.next_P(0))
-
-    @property
-    def floor(self) -> float:
-        return float(self._floor.read(0)["kl"].mean())
-
-    def run_all(self, watch: Watch, label: str) -> None:
-        self.read()
-        watch.stage(label, len(self.windows.tokens_WL), "windows")
-        watch.advance(len(self._kept))
-        for i in range(len(self._kept), len(self.windows.tokens_WL)):
-            self.hidden(i)
-            watch.advance(1)
-            if watch.stopped():
-                return
 
 
 def evaluate(
@@ -171,7 +51,7 @@ def evaluate(
     with _working(work, identity) as (folder, finished), ExitStack() as stack:
         source = Teacher(teacher, windows, how, folder, identity)
         stack.callback(source.close)
-        notes: dict[str, None] = dict.fromkeys(source.runner.ready.notes)
+        notes: dict[str, None] = dict.fromkeys(notes_on(source.runner))
         tables: list[tuple[Side, str, Array]] = []
         for place, (student, sha) in enumerate(zip(students, hashes[1:], strict=True), 1):
             label = f"{student.name} ({place} of {len(students)})" if len(students) > 1 else student.name
@@ -204,13 +84,13 @@ def _score_student(
 ) -> Array:
     """POSITION (windows scored, positions); fewer windows when it was stopped. Weights are read only where needed."""
     runner = Runner(side, windows, how)
-    notes.update(dict.fromkeys(runner.ready.notes))
+    notes.update(dict.fromkeys(notes_on(runner)))
     header = teacher.header | {"student": sha, "student expanded": runner.ready.loaded.expanded}
     positions = windows.next_P(0).size
     with Kept.open(folder / f"{sha[:16]}.scores", header, np.dtype((POSITION, (positions,)))) as kept:
         total = len(windows.tokens_WL)
         if len(kept) < total:
-            if not teacher.complete and not _both_fit(teacher.runner, runner, how):
+            if not teacher.complete and not both_fit(teacher.runner, runner, how):
                 teacher.run_all(watch, f"teacher, alone: with {side.name} it would not fit")
                 if not teacher.complete:
                     return kept.all()
@@ -230,26 +110,13 @@ def _score_student(
 def _score_window(teacher: Teacher, runner: Runner, side: Side, windows: Windows, i: int) -> Array:
     p_PH = teacher.hidden(i)
     q_PH = runner.hidden(windows.tokens_WL[i], windows.first)
-    scores = scored(teacher, runner.split, p_PH, q_PH, windows.next_P(i))
+    scores = compare(teacher.runner.split, runner.split, p_PH, q_PH, windows.next_P(i))
     if np.isnan(scores["kl"]).any():
         raise SourceError(
             f"{side.path}: window {i + 1} gives logits that are no numbers, from this model or from its teacher",
             hint="see `mlxquant verify` for damaged weights; float16 may also overflow: use bfloat16 or --expand on",
         )
     return scores
-
-
-def scored(teacher: Teacher, student: Split, p_PH: Array, q_PH: Array, next_P: Array) -> Array:
-    """Some positions at a time, so that logits take a bounded room whatever the vocabulary."""
-    head = teacher.runner.split
-    rows = max(16, _LOGITS_BYTES // (4 * head.vocabulary))
-    spans = [slice(at, at + rows) for at in range(0, len(next_P), rows)]
-    return np.concatenate([score(head.logits(p_PH[s]), student.logits(q_PH[s]), next_P[s]) for s in spans])
-
-
-def _both_fit(teacher: Runner, student: Runner, how: How) -> bool:
-    together = teacher.ready.budget.total_bytes + student.ready.budget.total_bytes + 4 * _LOGITS_BYTES
-    return together <= FILL * how.device.machine.working_set_bytes
 
 
 def _hashes(sides: Sequence[Side], watch: Watch) -> list[str]:
@@ -298,7 +165,7 @@ def _working(work: Path | None, identity: dict[str, Any]) -> Iterator[tuple[Path
 
 
 def _setting(teacher: Teacher, windows: Windows, how: How) -> Setting:
-    loaded, protocol = teacher.runner.ready.loaded, windows.protocol
+    protocol = windows.protocol
     return Setting(
         text=windows.corpus.label,
         text_sha256=windows.corpus.sha256,
@@ -310,8 +177,7 @@ def _setting(teacher: Teacher, windows: Windows, how: How) -> Setting:
         floor=teacher.floor,
         dtype=teacher.runner.split.dtype,
         device=f"{how.device.kind} ({how.device.machine.chip})",
-        versions={name: version(name) for name in ("mlxquant", "mlx", "mlx-lm")}
-        | {"quantization": loaded.quantization},
+        versions={name: version(name) for name in ("mlxquant", "mlx", "mlx-lm")},
     )
 
 
@@ -352,29 +218,6 @@ def _worst(scores_WP: Array, at: tuple[int, int], windows: Windows, teacher: Sid
         decode(int(row["best_p"])),
         decode(int(row["best_q"])),
     )
-
-
-def with_speed(report: Report, sides: Sequence[Side], how: How) -> Report:
-    """The report with each model timed alone. sides: teacher and students, as `evaluate` had them."""
-    found = {side.name: _speed(side, how) for side in sides}
-
-    def timed(model: Model) -> Model:
-        return replace(model, speed=found[model.name])
-
-    students = tuple(replace(student, model=timed(student.model)) for student in report.students)
-    return replace(report, teacher=timed(report.teacher), students=students)
-
-
-def _speed(side: Side, how: How) -> Speed:
-    import mlx.core as mx
-
-    tokens = SPEED.prompt_tokens + SPEED.generated_tokens
-    ready = make_ready(side.path, how.device, side.text, expand=how.expand, context_tokens=tokens, force=how.force)
-    vocabulary = Split(ready.loaded, ready.plan).vocabulary
-    (row,) = bench(ready.loaded.model, ready.plan.make, vocabulary, [SPEED], 2, ready.prefill_step)
-    del ready
-    mx.clear_cache()
-    return Speed(row.mean("prefill_tok_s"), row.mean("decode_tok_s"), row.peak_bytes)
 
 
 def named(paths: Sequence[Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -124,5 +125,9 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, nested as here."""
-        return asdict(self)
+        """Plain values, nested as here; None for an infinite figure, which JSON cannot say."""
+        return asdict(self, dict_factory=_finite)
+
+
+def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in pairs}

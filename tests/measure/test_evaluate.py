@@ -20,8 +20,9 @@ from mlxquant.errors import MemoryBudgetError, SourceError
 from mlxquant.measure import evaluate as evaluating
 from mlxquant.measure.agree import log_probabilities
 from mlxquant.measure.corpus import Corpus, load_corpus
-from mlxquant.measure.evaluate import How, Silent, evaluate, named
+from mlxquant.measure.evaluate import evaluate, named
 from mlxquant.measure.match import Side
+from mlxquant.measure.runner import How, Silent
 from mlxquant.measure.windows import Protocol, cut
 from mlxquant.run.device import prepare
 from mlxquant.run.model import load_model
@@ -226,10 +227,10 @@ def test_command_refusals(home, tmp_path):
 
 
 def test_killed_it_goes_on(home, tmp_path):
-    arguments = ["eval", home / "teacher", home / "2bit", "--keep", tmp_path / "kept", "--windows", "30", "--context", "256", "--json"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxquant", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    models, options = (home / "teacher", home / "2bit"), ("--windows", "30", "--context", "256", "--json")
+    arguments = ["eval", *models, *options, "--keep", tmp_path / "kept"]
+    line, nothing = [sys.executable, "-m", "mlxquant", *map(str, arguments)], subprocess.DEVNULL
+    process = subprocess.Popen(line, stdout=nothing, stderr=nothing)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "kept").glob("*.scores")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -238,5 +239,5 @@ def test_killed_it_goes_on(home, tmp_path):
     process.wait()
     killed = mlxquant(*arguments)
     assert killed.code == 0, killed.err
-    fresh = mlxquant(*[a for a in arguments if a not in ("--keep", tmp_path / "kept")])
+    fresh = mlxquant("eval", *models, *options)
     assert json.loads(killed.out)["students"] == json.loads(fresh.out)["students"]
