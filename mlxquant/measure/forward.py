@@ -173,11 +173,12 @@ class _Widened:
 
 def compare(p: Split, q: Split, p_PH: Array, q_PH: Array, next_P: Array) -> Array:
     """POSITION (P,) from the hidden states of teacher p and student q; some positions at a time, so that logits take a
-    bounded room whatever the vocabulary.
+    bounded room whatever the vocabulary. Where one has more rows, what both have counts (match.py says when that is).
     """
     rows = max(16, LOGITS_BYTES // (4 * p.vocabulary))
     parts = [slice(at, at + rows) for at in range(0, len(next_P), rows)]
-    return np.concatenate([score(p.logits(p_PH[s]), q.logits(q_PH[s]), next_P[s]) for s in parts])
+    both = slice(min(p.vocabulary, q.vocabulary))
+    return np.concatenate([score(p.logits(p_PH[s])[:, both], q.logits(q_PH[s])[:, both], next_P[s]) for s in parts])
 
 
 def innermost(model: Any) -> Any:

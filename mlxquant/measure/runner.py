@@ -107,14 +107,16 @@ class Teacher:
             self._read = True
 
     def hidden(self, i: int) -> Array:
-        """Of window i; all before it are kept already."""
+        """Of window i. Those before it are run too where they are not kept: a damaged file ends at the damage."""
+        self._compare_with_itself()
+        while len(self._kept) <= i:
+            tokens_L = self.windows.tokens_WL[len(self._kept)]
+            self._kept.append(self.runner.hidden(tokens_L, self.windows.first))
+        return self._kept.read(i)
+
+    def _compare_with_itself(self) -> None:
         if len(self._floor) == 0:
             self._floor.append(self._from_itself())
-        if i < len(self._kept):
-            return self._kept.read(i)
-        hidden_PH = self.runner.hidden(self.windows.tokens_WL[i], self.windows.first)
-        self._kept.append(hidden_PH)
-        return hidden_PH
 
     def _from_itself(self) -> Array:
         """Scores of the first window against the same in other chunks: sums are then added in another order."""
@@ -131,6 +133,7 @@ class Teacher:
         self.read()
         watch.stage(label, len(self.windows.tokens_WL), "windows")
         watch.advance(len(self._kept))
+        self._compare_with_itself()
         for i in range(len(self._kept), len(self.windows.tokens_WL)):
             self.hidden(i)
             watch.advance(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -122,15 +123,20 @@ def test_alone_or_beside_others_the_same_figures(home, corpus):
         assert alone.divergence == together[name]
 
 
-def test_too_large_together_the_teacher_goes_first(home, corpus):
+def small(home):
+    """A device that holds one of the models, not two."""
     device = prepare("cpu")
-    roomy = run(home, corpus, "8bit", device=device)
     weights = load_model(home / "teacher", expand="on", lazy=True).weight_bytes
-    small = dataclasses.replace(device.machine, working_set_bytes=int(1.5 * weights) + 80_000_000)
+    machine = dataclasses.replace(device.machine, working_set_bytes=int(1.5 * weights) + 80_000_000)
+    return dataclasses.replace(device, machine=machine)
+
+
+def test_too_large_together_the_teacher_goes_first(home, corpus):
+    roomy = run(home, corpus, "8bit")
     stages = []
     watch = Silent()
     watch.stage = lambda label, total, unit: stages.append(label)
-    tight = run(home, corpus, "8bit", device=dataclasses.replace(device, machine=small), watch=watch)
+    tight = run(home, corpus, "8bit", device=small(home), watch=watch)
     assert any("teacher, alone" in stage for stage in stages)
     assert tight.students[0].divergence == roomy.students[0].divergence
 
@@ -162,6 +168,27 @@ def test_a_finished_run_reads_no_weights_again(home, corpus, tmp_path, monkeypat
     assert run(home, corpus, "8bit", work=tmp_path / "kept") == first
 
 
+def damage(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_states_that_end_before_the_scores_are_computed_again(home, corpus, tmp_path):
+    run(home, corpus, "8bit", "2bit", work=tmp_path / "kept", watch=Stopping(4))
+    damage(tmp_path / "kept" / "teacher.states")
+    again = run(home, corpus, "8bit", "2bit", work=tmp_path / "kept")
+    assert again.students == run(home, corpus, "8bit", "2bit").students
+
+
+def test_a_damaged_floor_is_computed_again_though_the_teacher_is_alone(home, corpus, tmp_path):
+    whole = run(home, corpus, "8bit", work=tmp_path / "kept")
+    damage(tmp_path / "kept" / "floor.scores")
+    (scores,) = {*(tmp_path / "kept").glob("*.scores")} - {tmp_path / "kept" / "floor.scores"}
+    scores.unlink()
+    again = run(home, corpus, "8bit", work=tmp_path / "kept", device=small(home))
+    assert not again.interrupted
+    assert again.students == whole.students
+
+
 def test_kept_states_of_another_teacher_are_refused(home, corpus, tmp_path):
     run(home, corpus, "8bit", work=tmp_path / "kept")
     make(home / "other", "llama", width=256, dtype="float32", seed=5)
@@ -180,7 +207,7 @@ def test_a_student_of_no_numbers_is_named(home, corpus, tmp_path):
     arrays = mx.load(str(home / "broken" / "model.safetensors"))
     arrays["model.norm.weight"] = arrays["model.norm.weight"] * float("nan")
     mx.save_safetensors(str(home / "broken" / "model.safetensors"), arrays, {"format": "pt"})
-    with pytest.raises(SourceError, match="broken.*no numbers"):
+    with pytest.raises(SourceError, match=r"broken.*no numbers"):
         run(home, corpus, "broken")
 
 

@@ -13,17 +13,21 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlxquant.convert.sources import open_source
 from mlxquant.errors import PlanError
 from mlxquant.measure.corpus import Corpus
+from mlxquant.measure.evaluate import evaluate
 from mlxquant.measure.match import Side, check_student
+from mlxquant.measure.runner import How, Silent
 from mlxquant.measure.windows import Protocol, cut
+from mlxquant.run.device import prepare
 from mlxquant.run.text import Text
 from tests.cli.runner import mlxquant
 from tests.gguf_files import write_gguf
 from tests.run import gguf_models
-from tests.tiny import FAMILIES, make
+from tests.tiny import FAMILIES, VOCAB, make
 
 CORPUS = Corpus("The quick brown fox, at 17:25, jumped over <|im_end|> the lazy dog.\n" * 99, "foxes", "0" * 64)
 _HOME = TemporaryDirectory(prefix="mlxquant-match-")
@@ -102,6 +106,23 @@ def test_gemma3_with_and_without_its_vision_part() -> None:
     check(text, longer)
     shorter = Side(whole.path, whole.config | {"vocab_size": 64}, whole.text, "shorter")
     refused(text, shorter, "vocabulary of 64 tokens", "512")
+
+
+def test_gemma3_is_compared_over_the_rows_that_both_have(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(HOME))
+    plain, padded = (make(HOME / name, "gemma3", dtype="float32", layers=6) for name in ("plain", "padded"))
+    tensors = load_file(padded / "model.safetensors")
+    name = "language_model.model.embed_tokens.weight"
+    tensors[name] = np.concatenate([tensors[name], np.zeros((64, tensors[name].shape[1]), np.float32)])
+    save_file(tensors, padded / "model.safetensors", {"format": "pt"})
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB + 64}))
+    for teacher, student in ((plain, padded), (padded, plain)):
+        a, b = opened(teacher), opened(student)
+        windows = cut(a.text, CORPUS, Protocol(64, None, 2))
+        (found,) = evaluate(a, [b], windows, How(prepare("cpu")), watch=Silent()).students
+        assert found.divergence.kl.value < 1e-9
+        assert found.divergence.top1.value == 1.0
 
 
 # --- others
@@ -213,8 +234,9 @@ def test_a_difference_beyond_what_is_evaluated_is_none() -> None:
     student = other_tokenizer("tilde", cap)
     late = Corpus(CORPUS.text + "~" * 99, "late", "0" * 64)
     check(opened(folder("llama")), student, corpus=late, windows=2)
-    early = Corpus("~" * 9 + CORPUS.text, "early", "0" * 64)
-    refused(opened(folder("llama")), student, "after '' comes", corpus=early, windows=2)
+    for before in ("", "The "):
+        early = Corpus(before + "~" * 9 + CORPUS.text, "early", "0" * 64)
+        refused(opened(folder("llama")), student, f"after {before!r} comes", corpus=early, windows=2)
 
 
 def test_all_that_is_evaluated_is_compared() -> None:

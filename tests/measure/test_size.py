@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 
 import gguf
 import mlx_lm
@@ -38,6 +39,13 @@ def test_a_float_folder(home):
     size = size_of(home / "hf")
     weights = sum(a.size for a in load_file(home / "hf" / "model.safetensors").values())
     assert (size.nbytes, size.parameters, size.bpw, size.label) == (2 * weights, weights, 16.0, "BF16")
+
+
+def test_most_weights_give_the_label_not_most_tensors(tmp_path):
+    tensors = {"a": np.zeros((64, 64), np.float16), "b": np.zeros(64, np.float32), "c": np.zeros(64, np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "nobody"}')
+    assert size_of(tmp_path).label == "F16"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,7 @@ def test_progress_of_several_files(tmp_path):
 
     def progress(done, total):
         assert busy.acquire(blocking=False), "two calls at once"
+        time.sleep(0.002)
         seen.append((done, total))
         busy.release()
 
