@@ -25,15 +25,22 @@ Weights = dict[tuple[str, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Change:
-    """`module`, with the student's weight in it, is to stand at `path` of the innermost teacher."""
+    """The weight `own` of `module`, the student's at `path`, for the teacher's. dtype: what the teacher computes in."""
 
-    name: str
     path: str
+    own: str
     module: Any
+    dtype: str
 
     def of(self, model: Any) -> Any:
-        """The model so changed; the one given stays as it is."""
-        return put(model, self.path.split("."), self.module) if self.path else self.module
+        """The innermost model with this weight; the one given stays as it is."""
+        words = self.path.split(".") if self.path else []
+        made = _mixed(_bare(_at(model, words)), self.module, self.own)
+        return put(model, words, _in_dtype(made, self.dtype))
+
+    @property
+    def name(self) -> str:
+        return _name(self.path, self.own)
 
     @property
     def layer(self) -> int | None:
@@ -43,7 +50,8 @@ class Change:
 def changes(teacher: LoadedModel, student: LoadedModel, dtype: str) -> Iterator[Change]:
     """What of the student is not the same in the teacher, in the teacher's order. dtype: what the teacher computes in.
 
-    Raises PlanError when one has a weight that the other lacks, or has it in another shape.
+    Of a vocabulary's matrices the rows that both have count. Raises PlanError when one has a weight that the other
+    lacks, or has it in another shape.
     """
     (our_modules, ours), (their_modules, theirs) = (_weights(innermost(m.model)) for m in (teacher, student))
     _untie(our_modules, their_modules, theirs)
@@ -51,15 +59,15 @@ def changes(teacher: LoadedModel, student: LoadedModel, dtype: str) -> Iterator[
         has, lacks = (teacher, student) if (path, own) in ours else (student, teacher)
         raise PlanError(
             f"{has.path}: has {_name(path, own)}, {lacks.path} has not: one cannot stand in the other",
-            hint="give a teacher whose output head is not tied to its embedding, either" if lacks is teacher else None,
+            hint="where it is the output head: give a teacher whose head is not tied to its embedding, either",
         )
     for (path, own), arrays in ours.items():
-        module, other = our_modules[path], their_modules[path]
-        if _shape(module, arrays) != _shape(other, theirs[path, own]):
-            raise PlanError(f"{student.path}: {_name(path, own)} has not the teacher's shape")
+        change = Change(path, own, their_modules[path], dtype)
+        have, want = _shape(change.module, theirs[path, own]), _shape(our_modules[path], arrays)
+        if have != want and not (change.layer is None and len(have) == 2 and have[1:] == want[1:]):
+            raise PlanError(f"{student.path}: {change.name} is {have}, in its teacher {want}")
         if not _equal(arrays, theirs[path, own]):
-            rest = [name for at, name in ours if at == path and name != own]
-            yield Change(_name(path, own), path, _in_dtype(_mixed(module, other, own, rest), dtype))
+            yield change
 
 
 def shapes(loaded: LoadedModel) -> dict[str, tuple[int, ...]]:
@@ -114,30 +122,36 @@ def _name(path: str, own: str) -> str:
 
 def _shape(module: Any, arrays: Mapping[str, Any]) -> tuple[int, ...]:
     """As it is before it is packed."""
-    *rows, width = next(iter(arrays.values())).shape or (1,)
-    return (*rows, width * 32 // module.bits) if "scales" in arrays else (*rows, width)
+    if "scales" not in arrays:
+        return tuple(next(iter(arrays.values())).shape)
+    *rows, packed = arrays["weight"].shape
+    return (*rows, packed * 32 // module.bits)
 
 
 def _equal(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """By value, in the wider dtype."""
+    """By value, in the wider dtype; what both have rows of."""
     import mlx.core as mx
 
-    return ours.keys() == theirs.keys() and all(mx.array_equal(ours[name], theirs[name]).item() for name in ours)
+    def same(a: Any, b: Any) -> bool:
+        rows = slice(min(a.shape[0], b.shape[0])) if a.ndim and a.shape != b.shape else ...
+        return bool(mx.array_equal(a[rows], b[rows]).item())
+
+    return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
 
 
-def _mixed(module: Any, other: Any, own: str, rest: Sequence[str]) -> Any:
+def _mixed(module: Any, other: Any, own: str) -> Any:
     """`module` with one weight of `other`. A quantized weight is known to its own kind of module alone."""
+    words = own.split(".")
     if own != "weight" or not ("scales" in module or "scales" in other):
-        return put(module, own.split("."), _at(other, own))
-    made = other
-    for name in rest:
-        made = put(made, name.split("."), _at(module, name))
+        return put(module, words, _at(other, words))
+    made = copy(other)
+    dict.update(made, {name: array for name, array in module.items() if name not in _PACKED})
     return made
 
 
-def _at(module: Any, name: str) -> Any:
-    for key in name.split("."):
-        module = module[int(key)] if isinstance(module, (list, tuple)) else module[key]
+def _at(module: Any, words: Sequence[str]) -> Any:
+    for word in words:
+        module = module[int(word)] if isinstance(module, (list, tuple)) else module[word]
     return module
 
 
@@ -152,17 +166,21 @@ def _in_dtype(module: Any, dtype: str) -> Any:
     return module if same else _InDtype(module, wanted)
 
 
+def _bare(module: Any) -> Any:
+    return module.inner if isinstance(module, _InDtype) else module
+
+
 class _InDtype:
     """A module whose results have the dtype of what it is given; from token ids, that of the model."""
 
     def __init__(self, module: Any, dtype: Any) -> None:
-        self._module, self._dtype = module, dtype
+        self.inner, self._dtype = module, dtype
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._cast(x, self._module(x, *args, **kwargs))
+        return self._cast(x, self.inner(x, *args, **kwargs))
 
     def as_linear(self, x: Any) -> Any:
-        return self._cast(x, self._module.as_linear(x))
+        return self._cast(x, self.inner.as_linear(x))
 
     def _cast(self, x: Any, out: Any) -> Any:
         import mlx.core as mx
@@ -171,4 +189,4 @@ class _InDtype:
         return out.astype(wanted) if isinstance(out, mx.array) else out
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.inner, name)

@@ -175,10 +175,12 @@ def compare(p: Split, q: Split, p_PH: Array, q_PH: Array, next_P: Array) -> Arra
     """POSITION (P,) from the hidden states of teacher p and student q; some positions at a time, so that logits take a
     bounded room whatever the vocabulary. Where one has more rows, what both have counts (match.py says when that is).
     """
-    rows = max(16, LOGITS_BYTES // (4 * p.vocabulary))
-    parts = [slice(at, at + rows) for at in range(0, len(next_P), rows)]
-    both = slice(min(p.vocabulary, q.vocabulary))
-    return np.concatenate([score(p.logits(p_PH[s])[:, both], q.logits(q_PH[s])[:, both], next_P[s]) for s in parts])
+    parts, rows = [], max(16, LOGITS_BYTES // (4 * p.vocabulary))
+    for some in (slice(at, at + rows) for at in range(0, len(next_P), rows)):
+        p_PV, q_PV = p.logits(p_PH[some]), q.logits(q_PH[some])
+        both = min(p_PV.shape[1], q_PV.shape[1])
+        parts.append(score(p_PV[:, :both], q_PV[:, :both], next_P[some]))
+    return np.concatenate(parts)
 
 
 def innermost(model: Any) -> Any:

@@ -184,10 +184,31 @@ def test_windows_longer_than_a_step(llama, four_bit):
 
 
 def test_every_weight_one_after_the_other_makes_the_student(llama, four_bit):
-    teacher, student = load_model(llama), load_model(four_bit)
-    found = list(changes(teacher, student, "float32"))
+    assert_made(load_model(llama), load_model(four_bit), 23)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_beside_codes_is_a_weight_of_its_own(dtype, tmp_path):
+    folder = make(tmp_path / "qwen2", "qwen2", dtype=dtype)
+    teacher, student = load_model(folder, expand="off"), load_model(folder, expand="off")
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"):
+        disturb(student, f"{path}.bias")
+    nn.quantize(student.model, 32, 4, class_predicate=lambda path, _: path == "model.layers.0.self_attn.k_proj")
+    names = [c.name.removeprefix("model.layers.") for c in changes(teacher, student, dtype)]
+    assert names == ["0.self_attn.k_proj.weight", "0.self_attn.k_proj.bias", "1.self_attn.v_proj.bias"]
+    assert_made(teacher, student, 3)
+    found = list(inject(teacher, student, WINDOWS, only=lambda name: "k_proj" in name))
+    other = load_model(folder, expand="off")
+    disturb(other, found[1].name)
+    assert found[1].kl == whole(teacher, other, WINDOWS)
+
+
+def assert_made(teacher: LoadedModel, student: LoadedModel, count: int) -> None:
+    """Weights replaced one after the other, none put back, are the student to the bit."""
+    found = list(changes(teacher, student, Split(teacher, plan_cache(teacher.model)).dtype))
     made = reduce(lambda model, change: change.of(model), found, teacher.model)
     tokens = mx.array(WINDOWS.tokens_WL)
+    assert len(found) == count
     assert mx.array_equal(made(tokens), student.model(tokens))
     assert not mx.array_equal(teacher.model(tokens), student.model(tokens))
 
@@ -288,3 +309,15 @@ def test_models_of_another_build_are_refused(llama, tmp_path):
     for name, options in {"deep": {"layers": 4}, "wide": {"layers": 3, "width": 256}}.items():
         with pytest.raises(PlanError, match=name):
             next(inject(teacher, load_model(make(tmp_path / name, "llama", **options)), WINDOWS))
+
+
+def test_rows_behind_the_vocabulary(llama):
+    """Some checkpoints pad their matrices, and some files have that cut off."""
+    teacher, student = load_model(llama), load_model(llama)
+    for module in (student.model.model.embed_tokens, student.model.lm_head):
+        module.weight = mx.concatenate([module.weight, mx.ones((8, 128))])
+    assert list(inject(teacher, student, WINDOWS)) == []
+    disturb(student, "lm_head.weight")
+    for p, q in ((teacher, student), (student, teacher)):
+        (found,) = inject(p, q, WINDOWS)
+        assert found.kl == whole(p, q, WINDOWS)
