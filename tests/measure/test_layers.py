@@ -151,6 +151,20 @@ def test_layers_before_are_not_computed(llama, monkeypatch):
     assert len(rows) == 2
 
 
+def test_weights_in_any_order(llama):
+    """An embedding that is listed behind the layers still changes what enters the first."""
+    teacher, student = load_model(llama), load_model(llama)
+    for loaded in (teacher, student):
+        loaded.model.model["embed_tokens"] = loaded.model.model.pop("embed_tokens")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        disturb(student, name)
+    found = list(inject(teacher, student, WINDOWS))
+    assert [f.layer for f in found] == [1, None]
+    alone = load_model(llama)
+    disturb(alone, "model.embed_tokens.weight")
+    assert found[1].kl == whole(teacher, alone, WINDOWS)
+
+
 class Residual(nn.Module):
     """A trunk whose last word hears from the first layer, too."""
 
@@ -198,9 +212,10 @@ def test_a_bias_beside_codes_is_a_weight_of_its_own(dtype, tmp_path):
     assert names == ["0.self_attn.k_proj.weight", "0.self_attn.k_proj.bias", "1.self_attn.v_proj.bias"]
     assert_made(teacher, student, 3)
     found = list(inject(teacher, student, WINDOWS, only=lambda name: "k_proj" in name))
-    other = load_model(folder, expand="off")
-    disturb(other, found[1].name)
-    assert found[1].kl == whole(teacher, other, WINDOWS)
+    coded, disturbed = load_model(folder, expand="off"), load_model(folder, expand="off")
+    nn.quantize(coded.model, 32, 4, class_predicate=lambda path, _: path == "model.layers.0.self_attn.k_proj")
+    disturb(disturbed, found[1].name)
+    assert [f.kl for f in found] == [whole(teacher, other, WINDOWS) for other in (coded, disturbed)]
 
 
 def assert_made(teacher: LoadedModel, student: LoadedModel, count: int) -> None:
