@@ -24,7 +24,22 @@ from rich.progress import (
 )
 
 
-class ByteBar:
+class _Bar:
+    """Drawn while it is a context."""
+
+    _progress: Progress
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class ByteBar(_Bar):
     """A bar that counts bytes: `start(total, done)`, then `advance(n)`. A context manager. `transient`: it goes."""
 
     def __init__(self, label: str, quiet: bool = False, transient: bool = False) -> None:
@@ -40,15 +55,6 @@ class ByteBar:
         self._progress = Progress(*columns, console=Console(stderr=True), transient=transient, disable=off)
         self._task = self._progress.add_task(label, total=None)
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def start(self, total_bytes: int, done_bytes: int) -> None:
         self._progress.update(self._task, total=total_bytes, completed=done_bytes)
 
@@ -63,50 +69,53 @@ class ByteBar:
         self._progress.start()
 
 
-class CountBar:
+# Of a bar's label and of the time that its ETA looks back: a longer name would push the ETA out of 80 columns, and
+# within rich's 30 s there may not be two windows of a large model, without which it has no ETA.
+_LABEL_CHARS = 26
+_LOOK_BACK_S = 600
+
+
+class CountBar(_Bar):
     """One bar after the other: `start(label, total, unit)`, then `advance(n, note)`. A context manager."""
 
     def __init__(self) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TaskProgressColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        off = not sys.stderr.isatty()
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=off)
+        self._progress = Progress(
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+            speed_estimate_period=_LOOK_BACK_S,
+        )
         self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def start(self, label: str, total: int, unit: str) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._unit, self._done, self._total = unit, 0, total
-        self._task = self._progress.add_task(escape(label), total=total, note="")
+        short = label if len(label) <= _LABEL_CHARS else f"{label[: _LABEL_CHARS - 1]}…"
+        self._task = self._progress.add_task(escape(short), total=total, note="")
 
     def advance(self, count: int, note: str = "") -> None:
         if self._task is None:
             return
         self._done += count
-        place = f"{self._done} of {self._total} {self._unit}" if self._unit != "bytes" else ""
-        self._progress.update(self._task, completed=self._done, note=f"{place}  {note}")
+        share = f"{self._done / max(1, self._total):.0%}"
+        place = share if self._unit == "bytes" else f"{self._done} of {self._total} {self._unit}"
+        self._progress.update(self._task, completed=self._done, note=f"{place}  {note}".rstrip())
 
 
 # Below this a prompt is read before a bar could be.
 _LONG_PROMPT_TOKENS = 1024
 
 
-class PromptBar:
+class PromptBar(_Bar):
     """A bar that counts the tokens of a long prompt and is gone when the first token comes: what `generate` calls with
     (tokens done, tokens). A context manager, as a prompt may be stopped.
     """
@@ -118,11 +127,6 @@ class PromptBar:
 
     def __enter__(self) -> Self:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if total < _LONG_PROMPT_TOKENS or not sys.stderr.isatty():

@@ -54,7 +54,7 @@ def evaluate(
         notes: dict[str, None] = dict.fromkeys(notes_on(source.runner))
         tables: list[tuple[Side, str, Array]] = []
         for place, (student, sha) in enumerate(zip(students, hashes[1:], strict=True), 1):
-            label = f"{student.name} ({place} of {len(students)})" if len(students) > 1 else student.name
+            label = f"{place} of {len(students)}: {student.name}" if len(students) > 1 else student.name
             scores = _score_student(source, student, sha, windows, how, folder, watch, label, notes)
             if len(scores):
                 tables.append((student, sha, scores))
@@ -91,7 +91,7 @@ def _score_student(
         total = len(windows.tokens_WL)
         if len(kept) < total:
             if not teacher.complete and not both_fit(teacher.runner, runner, how):
-                teacher.run_all(watch, f"teacher, alone: with {side.name} it would not fit")
+                teacher.run_all(watch, "teacher, alone first")
                 if not teacher.complete:
                     return kept.all()
             teacher.read()
