@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -102,13 +102,16 @@ def command(teacher: str, students: tuple[str, ...], **options: Any) -> None:
 
     with _watching() as watch:
         report = evaluate(sides[0], sides[1:], windows, how, work=options["keep"], watch=watch)
-    if options["speed"]:
+    if options["speed"] and not report.interrupted:
         report = _timed(report, sides, how)
     _show(report, options)
     if report.interrupted:
-        where = f"--keep {options['keep']} and " if options["keep"] else ""
-        click.echo(f"Stopped. {where}the same command goes on from here.".capitalize(), err=True)
-        sys.exit(130)
+        _stop("the same command goes on from here.")
+
+
+def _stop(rest: str) -> NoReturn:
+    click.echo(f"Stopped: {rest}", err=True)
+    sys.exit(130)
 
 
 def _check(students: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -128,23 +131,26 @@ def _check(students: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def _open(teacher: str, students: tuple[str, ...], options: dict[str, Any]) -> tuple[list[Side], How, Windows]:
-    """Everything but the weights: paths, device, tokenizers, the text cut into windows."""
+    """Everything but the weights: text, paths, device, tokenizers. To pull a model takes minutes, so all that may be
+    refused without one comes first.
+    """
+    from mlxquant.measure.corpus import load_corpus
+    from mlxquant.measure.windows import Protocol, cut
     from mlxquant.run.device import prepare
 
-    paths = [resolve(model) for model in (teacher, *students)]
+    wanted = count(options["windows"], LAYERS_WINDOWS if options["layers"] else WINDOWS)
+    protocol = Protocol(options["context"], options["stride"], wanted)
     with waiting("Reading the text"):
+        corpus = load_corpus(options["text"])
+    paths = [resolve(model) for model in (teacher, *students)]
+    with waiting("Opening the models"):
         device = prepare(options["device"])
         from mlxquant.convert.sources import open_source
-        from mlxquant.measure.corpus import load_corpus
         from mlxquant.measure.evaluate import named
         from mlxquant.measure.match import Side
         from mlxquant.measure.runner import How
-        from mlxquant.measure.windows import Protocol, cut
         from mlxquant.run.text import Text
 
-        wanted = count(options["windows"], LAYERS_WINDOWS if options["layers"] else WINDOWS)
-        protocol = Protocol(options["context"], options["stride"], wanted)
-        corpus = load_corpus(options["text"])
         sides = [
             Side(path, open_source(path).config, Text.load(path), name)
             for path, name in zip(paths, named(paths), strict=True)
@@ -199,6 +205,8 @@ def _show(report: Report, options: dict[str, Any]) -> None:
         from mlxquant.cli.eval_table import show
 
         show(report, Console())
+        if not report.interrupted:
+            click.echo("Next: --layers with one STUDENT says which tensors it comes from; --card is for a model card.")
 
 
 def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, Any]) -> None:
@@ -210,8 +218,12 @@ def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, An
     from mlxquant.measure.by_tensor import by_tensor
 
     with _watching() as watch:
-        whole, rows = by_tensor(sides[0], sides[1], windows, how, watch=watch)
+        whole, rows, total = by_tensor(sides[0], sides[1], windows, how, watch=watch)
+    interrupted = len(rows) < total
     if options["as_json"]:
-        click.echo(json.dumps({"whole": asdict(whole), "tensors": [asdict(row) for row in rows]}))
+        tensors = [asdict(row) for row in rows]
+        click.echo(json.dumps({"whole": asdict(whole), "tensors": tensors, "interrupted": interrupted}))
     else:
         show_layers(rows, whole, Console())
+    if interrupted:
+        _stop(f"these are {len(rows):,} of {total:,} tensors, and the same command begins with the first again.")

@@ -13,8 +13,9 @@ from mlxquant.units import format_bytes
 
 def by_tensor(
     teacher: Side, student: Side, windows: Windows, how: How, *, watch: Watch
-) -> tuple[Estimate, list[Injected]]:
-    """(mean KL of the whole student, one row for each weight that differs). Ends early where `watch` says so.
+) -> tuple[Estimate, list[Injected], int]:
+    """(mean KL of the whole student, one row for each weight that differs, how many differ). Ends early, with fewer
+    rows, where `watch` says so.
 
     Raises MemoryBudgetError where the two do not fit together, and what `evaluate` raises.
     """
@@ -30,17 +31,17 @@ def by_tensor(
     ours.read()
     theirs.read()
     models, step = (ours.ready.loaded, theirs.ready.loaded), ours.ready.prefill_step
-    whole_kl, rows, done = whole(*models, windows, step=step), list[Injected](), 0
+    whole_kl, rows, differing = whole(*models, windows, step=step), list[Injected](), 0
 
-    def progress(now: int, total: int) -> None:
-        nonlocal done
-        if not done:
-            watch.stage(f"{student.name}, one tensor at a time", total, "tensors")
-        watch.advance(now - done)
-        done = now
+    def progress(done: int, total: int) -> None:
+        nonlocal differing
+        if not differing:
+            watch.stage(student.name, total, "tensors")
+        differing = total
+        watch.advance(1)
 
     for row in inject(*models, windows, step=step, progress=progress):
         rows.append(row)
         if watch.stopped():
             break
-    return whole_kl, rows
+    return whole_kl, rows, differing
