@@ -50,8 +50,8 @@ _PIPE_CHARS = 200  # nobody wraps what goes into a pipe
 _LARGEST = "*"
 
 
-def show(report: Report, console: Console, each: bool = False) -> None:
-    """Prints the report. each: the worst positions of every student, not of the worst one alone."""
+def show(report: Report, console: Console) -> None:
+    """Prints the report, and where the worst student is worst."""
     console = _wide(console)
     for line in _heading(report):
         _say(console, line)
@@ -60,11 +60,12 @@ def show(report: Report, console: Console, each: bool = False) -> None:
     left = [column.head for column in columns(report) if column not in shown]
     if left:
         _say(console, f"Left out at this width: {', '.join(left)}.", "dim")
-    unit = f"± standard error; {MILLI:,.0f} mnat (milli-nats) = 1 nat"
-    _say(console, f"KLD: mean KL divergence, {unit}. Same top: the rest are flips.", "dim")
+    for column in shown:
+        _say(console, f"{column.head}: {column.note}", "dim")
+    _say(console, "± is the standard error, clustered by window.", "dim")
     for line in (*caveats(report), *(f"note: {note}" for note in report.notes)):
         _say(console, line)
-    for student in report.students if each else report.students[-1:]:
+    for student in report.students[-1:]:
         _worst(student, console)
 
 

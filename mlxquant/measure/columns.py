@@ -16,6 +16,7 @@ from mlxquant.units import format_bytes, format_number
 
 MILLI = 1000.0
 _FINEST = 6  # decimals at most: of milli-nats 1e-9 nats, and below that a divergence is the rounding of float64
+_FULL_BPW = 15.5  # below is a quantized model, or a student that was named first by mistake
 _LARGEST = 1e7  # from here on with an exponent: 1.2e+09 is what a broken model shows
 
 Form = Callable[[float], str]
@@ -114,14 +115,19 @@ BPW = _plain("bpw", "", "bits per weight, everything stored counted.", lambda s:
 KLD = _estimated(
     "KLD",
     "mnat",
-    "mean KL divergence from the teacher's next-token probabilities, whole vocabulary; 1 mnat = 0.001 nats.",
+    "how far next-token probabilities are from the teacher's: KL divergence over the whole vocabulary, mean of all "
+    "positions. 0 is the same model; 1 mnat (milli-nat) = 0.001 nats.",
     lambda s: s.divergence.kl,
     MILLI,
 )
 P99 = _estimated("p99", "mnat", "KL divergence that 1 % of positions exceed.", lambda s: s.divergence.kl_p99, MILLI)
-MAX = _plain("max", "mnat", "the largest one.", lambda s: significant(s.divergence.kl_max * MILLI))
+MAX = _plain("max", "mnat", "KL divergence at the worst position.", lambda s: significant(s.divergence.kl_max * MILLI))
 RATIO = _estimated(
-    "PPL ratio", "", "perplexity of the text by the teacher's.", lambda s: s.divergence.ppl_ratio, plain=_four
+    "PPL ratio",
+    "",
+    "perplexity of the text, divided by the teacher's: 1 is no change.",
+    lambda s: s.divergence.ppl_ratio,
+    plain=_four,
 )
 DELTA = _estimated(
     "RMS Δp",
@@ -133,7 +139,7 @@ DELTA = _estimated(
 TOP = _estimated(
     "same top",
     "%",
-    "positions where the best token is the teacher's; the rest are flips.",
+    "positions where both have the same most probable token; the rest are flips.",
     lambda s: s.divergence.top1,
     100,
     _one,
@@ -185,6 +191,8 @@ def caveats(report: Report) -> list[str]:
     ]
     if report.interrupted and not lines:
         lines.append("Stopped early: not every student was scored.")
+    if (bpw := report.teacher.size.bpw) < _FULL_BPW:
+        lines.append(f"The teacher is quantized itself ({bpw:.2f} bits per weight): distances are from it.")
     if any(s.divergence.kl.error is None for s in report.students):
         lines.append("Where there is one window there are no standard errors: two windows or more tell them.")
     alike = "; ".join(", ".join(group) for group in indistinguishable(report))

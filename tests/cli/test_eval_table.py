@@ -27,11 +27,11 @@ class Row:
     kl: Estimate
 
 
-def printed(report: Report, width: int | None = 80, each: bool = False) -> str:
+def printed(report: Report, width: int | None = 80) -> str:
     """width None: piped."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None) if width else Console(file=out)
-    show(report, console, each)
+    show(report, console)
     return out.getvalue()
 
 
@@ -92,12 +92,17 @@ def test_above_the_table_stands_what_it_means():
         assert words in text
 
 
-def test_the_worst_positions_of_the_worst_student_or_of_each():
+def test_each_column_that_is_shown_is_explained_and_no_other():
+    text = " ".join(printed(reports.report()).split())
+    for column in columns(reports.report()):
+        assert (f"{column.head}: {column.note}" in text) == (column.head not in ("max", "RMS Δp"))
+
+
+def test_the_worst_positions_of_the_worst_student():
     text = printed(reports.report())
     assert text.count("is worst, what comes next") == 1
     assert '7,250 mnat, window 4, token 302: " Paris" | " Paris" | " the"' in text
     assert 'after "def mean(values):\\n    return"' in text
-    assert printed(reports.report(), each=True).count("is worst, what comes next") == len(reports.LADDER)
     none = tuple(replace(s, worst=()) for s in reports.report().students)
     assert "is worst" not in printed(reports.report(none))
 
