@@ -34,8 +34,9 @@ DEVICE = prepare()  # the BLAS must be loaded before mlx is
 
 from mlxquant.convert.sources import open_source  # noqa: E402
 from mlxquant.measure.corpus import load_corpus  # noqa: E402
-from mlxquant.measure.evaluate import How, Silent, evaluate  # noqa: E402
+from mlxquant.measure.evaluate import evaluate  # noqa: E402
 from mlxquant.measure.match import Side  # noqa: E402
+from mlxquant.measure.runner import How, Silent  # noqa: E402
 from mlxquant.measure.windows import Protocol, Windows, cut  # noqa: E402
 from mlxquant.run.ready import make_ready  # noqa: E402
 from mlxquant.run.text import Text  # noqa: E402
