@@ -206,7 +206,7 @@ def _show(report: Report, options: dict[str, Any]) -> None:
 
         show(report, Console())
         if not report.interrupted:
-            click.echo("Next: --layers with one STUDENT says which tensors it comes from; --card is for a model card.")
+            click.echo("Next: --layers says which tensors of one STUDENT it comes from.")
 
 
 def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ from mlxquant.measure.columns import (
     significant,
     visible,
 )
-from mlxquant.units import format_bytes
+from mlxquant.units import format_bytes, format_number
 
 if TYPE_CHECKING:
     from mlxquant.measure.layers import Injected
@@ -81,7 +81,14 @@ def _heading(report: Report) -> list[str]:
     teacher, found = report.teacher, report.students[:1]
     perplexity = "".join(f", perplexity {estimate(s.divergence.ppl_teacher)}" for s in found)
     size = f"{format_bytes(teacher.size.nbytes)}, {teacher.size.bpw:.2f} bpw"
-    lines = [f"Teacher: {teacher.name} ({size}){perplexity}", f"Text: {report.setting.text}; {protocol(report)}."]
+    timed = teacher.speed
+    speed = (
+        f", decode {format_number(timed.decode_tok_s)} tok/s, peak {format_bytes(timed.peak_bytes)}" if timed else ""
+    )
+    lines = [
+        f"Teacher: {teacher.name} ({size}){perplexity}{speed}",
+        f"Text: {report.setting.text}; {protocol(report)}.",
+    ]
     return [*lines, *filter(None, [floor(report)])]
 
 

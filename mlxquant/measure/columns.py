@@ -17,6 +17,7 @@ from mlxquant.units import format_bytes, format_number
 MILLI = 1000.0
 _FINEST = 6  # decimals at most: of milli-nats 1e-9 nats, and below that a divergence is the rounding of float64
 _FULL_BPW = 15.5  # below is a quantized model, or a student that was named first by mistake
+_FEW_WINDOWS = 10  # with these two standard errors are 92 % (Student's t), with two windows 70 %
 _LARGEST = 1e7  # from here on with an exponent: 1.2e+09 is what a broken model shows
 
 Form = Callable[[float], str]
@@ -193,8 +194,11 @@ def caveats(report: Report) -> list[str]:
         lines.append("Stopped early: not every student was scored.")
     if (bpw := report.teacher.size.bpw) < _FULL_BPW:
         lines.append(f"The teacher is quantized itself ({bpw:.2f} bits per weight): distances are from it.")
-    if any(s.divergence.kl.error is None for s in report.students):
+    fewest = min((s.divergence.windows for s in report.students), default=0)
+    if fewest == 1:
         lines.append("Where there is one window there are no standard errors: two windows or more tell them.")
+    elif 1 < fewest < _FEW_WINDOWS:
+        lines.append(f"Standard errors from {fewest} windows are rough: take {_FEW_WINDOWS} or more to rank models.")
     alike = "; ".join(", ".join(group) for group in indistinguishable(report))
     if alike:
         lines.append(f"Cannot be told apart (neighbours less than two standard errors apart): {alike}.")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlxquant.cli.eval_table import show, show_layers
 from mlxquant.measure.columns import KLD, columns
-from mlxquant.measure.report import Estimate, Report, Worst
+from mlxquant.measure.report import Estimate, Report, Speed, Worst
 from tests.measure import reports
 
 EVIL = 'x\x1b[31m\x07[bold]y[/bold] :smile: \u202e "q" \\'
@@ -58,6 +58,8 @@ def test_at_80_columns_the_most_telling_figures_stay():
     for head in ("size", "bpw", "KLD", "PPL ratio", "same top"):
         assert f" {head}" in text.splitlines()[5]
     assert "Left out at this width: max, RMS Δp." in text
+    teacher = replace(reports.report().teacher, speed=Speed(1234.5, 45.6, 650_000_000))
+    assert "decode 45.6 tok/s, peak 650 MB" in " ".join(printed(replace(reports.timed(), teacher=teacher)).split())
     for head in ("prefill", "decode", "peak"):
         assert head in printed(reports.timed()).splitlines()[5]
 

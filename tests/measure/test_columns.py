@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxquant.measure.columns import caveats, columns, estimate, fixed, floor, protocol, rounded, significant, visible
-from mlxquant.measure.report import Estimate
+from mlxquant.measure.report import Estimate, Student
 from tests.measure import reports
 
 
@@ -97,6 +97,18 @@ def test_what_was_left_out_is_said():
     assert lines[0] == "Stopped early: b was scored on 1 of 64 windows."
     assert "one window" in lines[1]
     assert caveats(reports.report((whole,), interrupted=True)) == ["Stopped early: not every student was scored."]
+
+
+@pytest.mark.parametrize(("windows", "words"), [(1, "no standard errors"), (2, "are rough"), (9, "are rough")])
+def test_errors_from_few_windows_are_said_to_be_rough(windows: int, words: str):
+    def lines(count: int, kl: float) -> list[str]:
+        model = reports.student("a", "x", 4.0, 0.1, 0.01).model
+        found = (Student(model, reports.divergence(kl, None, windows=count)),)
+        return caveats(reports.report(found, setting=reports.setting(windows=count)))
+
+    (line,) = lines(windows, 0.2)
+    assert words in line
+    assert lines(10, 0.2) == lines(64, float("inf")) == []
 
 
 def test_nothing_invisible_is_left():
