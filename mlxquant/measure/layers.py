@@ -51,9 +51,11 @@ def inject(
     """One for each weight that is not the same in both models, in the model's own order; those below the rounding of
     the machine as measured. A tied embedding is replaced in both of its places.
 
-    Set beside `whole`: the divergences add up to the student's where errors of different weights do not meet in the
-    same logit with the same sign, and KL is quadratic in small errors. Neither is promised: after a weight that ruins
-    the model another does little harm, and errors that grow from layer to layer make the whole more than the sum.
+    What their sum is, set beside `whole`: KL of small errors is a quadratic form in the change of the logits, so where
+    errors have nothing to do with one another their divergences add up to the student's. It is no bound: errors that
+    grow on their way make the whole more than the sum, and what one weight has ruined another cannot ruin again. A
+    student in another basis (scales folded into norms, as by AWQ; rotated weights) undoes in one weight what it did in
+    the one before: its sum is far above the whole, and the single figures say nothing.
 
     step: at most so many tokens at once; windows that are longer are always computed from the first layer on.
     progress(done, total) after each weight. only(name): which of them.
