@@ -6,6 +6,7 @@ needs its output head only.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,13 +87,12 @@ class Teacher:
         loaded = self.runner.ready.loaded
         self.header = identity | {"expanded": loaded.expanded}
         shape = (windows.next_P(0).size, self.runner.split.width)
-        self._kept = Kept.open(work / "teacher.states", self.header, np.dtype((np.float32, shape)))
-        self._floor = Kept.open(work / "floor.scores", self.header, np.dtype((POSITION, shape[:1])))
+        states, scores = np.dtype((np.float32, shape)), np.dtype((POSITION, shape[:1]))
+        with ExitStack() as stack:  # a second file that is refused lets go of the first one's lock
+            self._kept = stack.enter_context(Kept.open(work / "teacher.states", self.header, states))
+            self._floor = stack.enter_context(Kept.open(work / "floor.scores", self.header, scores))
+            self.close = stack.pop_all().close
         self._read = False
-
-    def close(self) -> None:
-        self._kept.close()
-        self._floor.close()
 
     @property
     def complete(self) -> bool:
@@ -116,6 +116,7 @@ class Teacher:
 
     def _compare_with_itself(self) -> None:
         if len(self._floor) == 0:
+            self.read()
             self._floor.append(self._from_itself())
 
     def _from_itself(self) -> Array:
@@ -127,6 +128,7 @@ class Teacher:
 
     @property
     def floor(self) -> float:
+        self._compare_with_itself()  # its file can be damaged beside scores that are whole
         return float(self._floor.read(0)["kl"].mean())
 
     def run_all(self, watch: Watch, label: str) -> None:

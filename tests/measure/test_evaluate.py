@@ -189,6 +189,24 @@ def test_a_damaged_floor_is_computed_again_though_the_teacher_is_alone(home, cor
     assert again.students == whole.students
 
 
+def test_a_lost_floor_is_found_again(home, corpus, tmp_path):
+    first = run(home, corpus, "8bit", work=tmp_path / "kept")
+    (tmp_path / "kept" / "floor.scores").unlink()
+    assert run(home, corpus, "8bit", work=tmp_path / "kept") == first
+
+
+def test_a_refused_file_leaves_the_others_free(home, corpus, tmp_path):
+    run(home, corpus, "8bit", work=tmp_path / "kept")
+    floor = tmp_path / "kept" / "floor.scores"
+    whole = floor.read_bytes()
+    floor.write_bytes(b"something else\n")
+    with pytest.raises(SourceError, match="no file that eval has kept") as refused:
+        run(home, corpus, "8bit", work=tmp_path / "kept")
+    floor.write_bytes(whole)
+    assert refused  # which holds the frames, and with them what they opened
+    run(home, corpus, "8bit", work=tmp_path / "kept")
+
+
 def test_kept_states_of_another_teacher_are_refused(home, corpus, tmp_path):
     run(home, corpus, "8bit", work=tmp_path / "kept")
     make(home / "other", "llama", width=256, dtype="float32", seed=5)
