@@ -188,13 +188,9 @@ def _timed(report: Report, sides: list[Side], how: How) -> Report:
 
 
 def _show(report: Report, options: dict[str, Any]) -> None:
+    """The figures first: hours of scoring do not hang on a plot that cannot be written."""
     from rich.console import Console
 
-    if options["plot"]:
-        from mlxquant.measure.plot import plot
-
-        plot(report, options["plot"])
-        click.echo(f"Drawn: {options['plot']}", err=True)
     if options["as_json"]:
         click.echo(json.dumps(report.to_json()))
     elif options["card"]:
@@ -207,6 +203,11 @@ def _show(report: Report, options: dict[str, Any]) -> None:
         show(report, Console())
         if not report.interrupted:
             click.echo("Next: --layers says which tensors of one STUDENT it comes from.")
+    if options["plot"]:
+        from mlxquant.measure.plot import plot
+
+        plot(report, options["plot"])
+        click.echo(f"Drawn: {options['plot']}", err=True)
 
 
 def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mlxquant.errors import MemoryBudgetError
 from mlxquant.measure.forward import Split
 from mlxquant.measure.match import Side
 from mlxquant.measure.report import Model, Report, Speed
@@ -16,8 +17,13 @@ SPEED = Case(512, 128, 0)
 
 
 def with_speed(report: Report, sides: Sequence[Side], how: How) -> Report:
-    """The report with each model timed alone. sides: teacher and students, as `evaluate` had them."""
-    found = {side.name: _speed(side, how) for side in sides}
+    """The report with each model timed alone; with a note instead where one does not fit with the longer context, as
+    what was scored still holds. sides: teacher and students, as `evaluate` had them.
+    """
+    try:
+        found = {side.name: _speed(side, how) for side in sides}
+    except MemoryBudgetError as error:
+        return replace(report, notes=(*report.notes, f"not timed: {error.message}"))
 
     def timed(model: Model) -> Model:
         return replace(model, speed=found[model.name])

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mlxquant.cli.progress import CountBar
+from mlxquant.convert.sources import open_source
+from mlxquant.measure.match import Side
+from mlxquant.measure.runner import How
+from mlxquant.measure.timed import with_speed
 from mlxquant.run import interrupt
+from mlxquant.run.device import prepare
+from mlxquant.run.text import Text
 from tests.cli.runner import mlxquant, refused
+from tests.measure import reports
 from tests.tiny import make
 
 SHORT = ("--context", 64, "--windows", 2, "--device", "cpu")
@@ -86,3 +94,20 @@ def test_a_teacher_named_last_is_noticed(home):
     assert "The teacher is quantized itself" in result.out
     assert result.out.splitlines()[-1].startswith("Next: ")
     assert "quantized itself" not in mlxquant("eval", home / "teacher", home / "4bit", *SHORT).out
+
+
+def test_figures_outlive_a_plot_that_cannot_be_written(home, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = mlxquant("eval", home / "teacher", home / "4bit", *SHORT, "--plot", tmp_path / ("x" * 300 + ".svg"))
+    refused(result, "cannot be written")
+    assert "KLD" in result.out
+
+
+def test_figures_outlive_a_model_that_is_too_large_to_be_timed(home):
+    device = prepare("cpu")
+    small = replace(device, machine=replace(device.machine, working_set_bytes=1_000))
+    teacher = home / "teacher"
+    side = Side(teacher, open_source(teacher).config, Text.load(teacher), "smol")
+    found = with_speed(reports.report(), [side], How(small))
+    assert found.students == reports.report().students
+    assert found.notes[-1].startswith("not timed: ")
