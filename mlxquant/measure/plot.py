@@ -12,7 +12,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import takewhile
@@ -91,7 +91,8 @@ def plot(report: Report, path: Path) -> None:
     try:
         replace_file(path, data, scratch)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # a name too long for any file cannot be removed either
+            scratch.unlink()
 
 
 @contextmanager
