@@ -372,6 +372,12 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path):
     assert path.read_text() == "before"
 
 
+def test_a_name_too_long_for_any_file_is_said(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(TargetError, match="cannot be written"):
+        plot(reports.report(), tmp_path / f"{'a' * 300}.svg")
+
+
 def test_nothing_here_needs_matplotlib_until_it_draws():
     code = "import sys, mlxquant.measure.plot, mlxquant.measure.card; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
