@@ -55,7 +55,7 @@ def evaluate(
         tables: list[tuple[Side, str, Array]] = []
         for place, (student, sha) in enumerate(zip(students, hashes[1:], strict=True), 1):
             label = f"{place} of {len(students)}: {student.name}" if len(students) > 1 else student.name
-            scores = _score_student(source, student, sha, windows, how, folder, watch, label, notes)
+            scores = _score_student(source, student, sha, label, watch, notes)
             if len(scores):
                 tables.append((student, sha, scores))
             if watch.stopped():
@@ -71,26 +71,16 @@ def evaluate(
         return Report(model, found, setting, not complete, tuple(notes))
 
 
-def _score_student(
-    teacher: Teacher,
-    side: Side,
-    sha: str,
-    windows: Windows,
-    how: How,
-    folder: Path,
-    watch: Watch,
-    label: str,
-    notes: dict[str, None],
-) -> Array:
+def _score_student(teacher: Teacher, side: Side, sha: str, label: str, watch: Watch, notes: dict[str, None]) -> Array:
     """POSITION (windows scored, positions); fewer windows when it was stopped. Weights are read only where needed."""
-    runner = Runner(side, windows, how)
+    windows, runner = teacher.windows, Runner(side, teacher.windows, teacher.how)
     notes.update(dict.fromkeys(notes_on(runner)))
     header = teacher.header | {"student": sha, "student expanded": runner.ready.loaded.expanded}
-    positions = windows.next_P(0).size
-    with Kept.open(folder / f"{sha[:16]}.scores", header, np.dtype((POSITION, (positions,)))) as kept:
+    record = np.dtype((POSITION, windows.next_P(0).shape))
+    with Kept.open(teacher.folder / f"{sha[:16]}.scores", header, record) as kept:
         total = len(windows.tokens_WL)
         if len(kept) < total:
-            if not teacher.complete and not both_fit(teacher.runner, runner, how):
+            if not teacher.complete and not both_fit(teacher.runner, runner, teacher.how):
                 teacher.run_all(watch, "teacher, alone first")
                 if not teacher.complete:
                     return kept.all()
@@ -99,7 +89,7 @@ def _score_student(
             watch.stage(label, total, "windows")
             watch.advance(len(kept))
             for i in range(len(kept), total):
-                scores = _score_window(teacher, runner, side, windows, i)
+                scores = _score_window(teacher, runner, side, i)
                 kept.append(scores)
                 watch.advance(1, f"KLD {scores['kl'].mean():.2g}")
                 if watch.stopped():
@@ -107,13 +97,14 @@ def _score_student(
         return kept.all()
 
 
-def _score_window(teacher: Teacher, runner: Runner, side: Side, windows: Windows, i: int) -> Array:
-    p_PH = teacher.hidden(i)
+def _score_window(teacher: Teacher, runner: Runner, side: Side, i: int) -> Array:
+    windows, p_PH = teacher.windows, teacher.hidden(i)
     q_PH = runner.hidden(windows.tokens_WL[i], windows.first)
     scores = compare(teacher.runner.split, runner.split, p_PH, q_PH, windows.next_P(i))
     if np.isnan(scores["kl"]).any():
+        path = teacher.runner.ready.loaded.path if np.isnan(scores["nll_p"]).any() else side.path
         raise SourceError(
-            f"{side.path}: window {i + 1} gives logits that are no numbers, from this model or from its teacher",
+            f"{path}: window {i + 1} gives logits that are no numbers",
             hint="see `mlxquant verify` for damaged weights; float16 may also overflow: use bfloat16 or --expand on",
         )
     return scores

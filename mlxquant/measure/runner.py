@@ -82,15 +82,16 @@ class Runner:
 class Teacher:
     """Final hidden states of each window, from the kept file or, where that ends, by running."""
 
-    def __init__(self, side: Side, windows: Windows, how: How, work: Path, identity: dict[str, Any]) -> None:
-        self.windows, self.runner = windows, Runner(side, windows, how)
+    def __init__(self, side: Side, windows: Windows, how: How, folder: Path, identity: dict[str, Any]) -> None:
+        self.windows, self.how, self.folder = windows, how, folder
+        self.runner = Runner(side, windows, how)
         loaded = self.runner.ready.loaded
         self.header = identity | {"expanded": loaded.expanded}
         shape = (windows.next_P(0).size, self.runner.split.width)
         states, scores = np.dtype((np.float32, shape)), np.dtype((POSITION, shape[:1]))
         with ExitStack() as stack:  # a second file that is refused lets go of the first one's lock
-            self._kept = stack.enter_context(Kept.open(work / "teacher.states", self.header, states))
-            self._floor = stack.enter_context(Kept.open(work / "floor.scores", self.header, scores))
+            self._kept = stack.enter_context(Kept.open(folder / "teacher.states", self.header, states))
+            self._floor = stack.enter_context(Kept.open(folder / "floor.scores", self.header, scores))
             self.close = stack.pop_all().close
         self._read = False
 
