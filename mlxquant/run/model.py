@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from glob import has_magic
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.convert.sources import is_gguf
@@ -115,7 +118,10 @@ def _open_folder(path: Path) -> LoadedModel:
 
     try:
         # Without mlx_config stock mlx-lm runs a folder of transformers 5 with its default rope_theta.
-        model, config = load(path, lazy=True, strict=True, model_config=mlx_config(config), trust_remote_code=False)
+        with _without_magic(path) as folder:
+            model, config = load(
+                folder, lazy=True, strict=True, model_config=mlx_config(config), trust_remote_code=False
+            )
     except MlxquantError:
         raise
     except Exception as error:
@@ -124,6 +130,20 @@ def _open_folder(path: Path) -> LoadedModel:
     loaded = LoadedModel(model, config, path, kind, describe(config), 0)
     loaded._fill = lambda: evaluate(model)
     return loaded
+
+
+@contextmanager
+def _without_magic(path: Path) -> Iterator[Path]:
+    """Another name for a folder that mlx-lm would take for a pattern, as in `[exl2] smol`. The files that it opens stay
+    open when the name is gone.
+    """
+    if not has_magic(str(path)):
+        yield path
+        return
+    with TemporaryDirectory() as scratch:
+        link = Path(scratch) / "model"
+        link.symlink_to(path.resolve())
+        yield link
 
 
 def _open_gguf(path: Path) -> tuple[LoadedModel, GGUFModel]:

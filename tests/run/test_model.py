@@ -188,3 +188,10 @@ def test_expand_has_three_values(folders):
 def test_missing_folder(tmp_path):
     with pytest.raises(SourceError):
         load_model(tmp_path / "nothing")
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "[exl2] smol*")
+    tokens = mx.array([[1, 2, 3]])
+    found, expected = (load_model(path).model(tokens) for path in (tmp_path / "[exl2] smol*", folders["llama"]))
+    assert mx.array_equal(found, expected)
