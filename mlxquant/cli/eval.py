@@ -102,9 +102,11 @@ def command(teacher: str, students: tuple[str, ...], **options: Any) -> None:
 
     with _watching() as watch:
         report = evaluate(sides[0], sides[1:], windows, how, work=options["keep"], watch=watch)
-    if options["speed"] and not report.interrupted:
-        report = _timed(report, sides, how)
-    _show(report, options)
+    try:
+        if options["speed"] and not report.interrupted:
+            report = _timed(report, sides, how)
+    finally:  # what was scored is shown whatever becomes of the timing: Ctrl-C ends that, too
+        _show(report, options)
     if report.interrupted:
         _stop("the same command goes on from here.")
 

@@ -111,3 +111,13 @@ def test_figures_outlive_a_model_that_is_too_large_to_be_timed(home):
     found = with_speed(reports.report(), [side], How(small))
     assert found.students == reports.report().students
     assert found.notes[-1].startswith("not timed: ")
+
+
+def test_figures_outlive_ctrl_c_while_models_are_timed(home, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxquant.measure.timed.with_speed", stopped)
+    result = mlxquant("eval", home / "teacher", home / "4bit", *SHORT, "--speed", "--json")
+    assert result.code == 130
+    assert json.loads(result.out)["students"]
