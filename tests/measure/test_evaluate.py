@@ -220,13 +220,15 @@ def test_nothing_is_left_behind(home, corpus, monkeypatch, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_student_of_no_numbers_is_named(home, corpus, tmp_path):
+def test_a_student_or_a_teacher_of_no_numbers_is_named(home, corpus, tmp_path):
     shutil.copytree(home / "teacher", home / "broken")
     arrays = mx.load(str(home / "broken" / "model.safetensors"))
     arrays["model.norm.weight"] = arrays["model.norm.weight"] * float("nan")
     mx.save_safetensors(str(home / "broken" / "model.safetensors"), arrays, {"format": "pt"})
     with pytest.raises(SourceError, match=r"broken.*no numbers"):
         run(home, corpus, "broken")
+    with pytest.raises(SourceError, match=r"broken.*no numbers"):
+        run(home, corpus, "8bit", teacher="broken")
 
 
 def test_names_tell_paths_apart(tmp_path):
