@@ -118,7 +118,7 @@ class Timing:
         clock = Clock()
         with tempfile.TemporaryDirectory() as work:
             chosen = windows or self._windows
-            evaluate(self._sides[0], self._sides[1:], chosen, self._how, work=Path(work), watch=clock)
+            evaluate(self._sides[0], self._sides[1:], chosen, self._how, Path(work), clock)
         return clock.seconds
 
     def compare(self, repeats: int) -> dict[str, Any]:

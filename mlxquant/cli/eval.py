@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import click
 from mlxquant.cli.progress import CountBar, waiting
 from mlxquant.cli.resolve import resolve
 from mlxquant.cli.running import Tokens
-from mlxquant.errors import UsageError
+from mlxquant.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
     from mlxquant.measure.match import Side
@@ -98,10 +99,16 @@ def command(teacher: str, students: tuple[str, ...], **options: Any) -> None:
     if options["layers"]:
         _layers(sides, windows, how, options)
         return
-    from mlxquant.measure.evaluate import evaluate
+    from mlxquant.measure.evaluate import evaluate, own_folder
 
-    with _watching() as watch:
-        report = evaluate(sides[0], sides[1:], windows, how, work=options["keep"], watch=watch)
+    folder = options["keep"] or own_folder(sides[0], windows, how)
+    try:
+        with _watching() as watch:
+            report = evaluate(sides[0], sides[1:], windows, how, folder, watch)
+    except TargetError as error:
+        if options["keep"]:
+            raise
+        raise TargetError(error.message, hint="name a folder that can be written to with --keep DIR") from error
     try:
         if options["speed"] and not report.interrupted:
             report = _timed(report, sides, how)
@@ -109,6 +116,8 @@ def command(teacher: str, students: tuple[str, ...], **options: Any) -> None:
         _show(report, options)
     if report.interrupted:
         _stop("the same command goes on from here.")
+    if not options["keep"]:
+        shutil.rmtree(folder, ignore_errors=True)  # not before everything is shown
 
 
 def _stop(rest: str) -> NoReturn:

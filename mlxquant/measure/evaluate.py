@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,21 +35,19 @@ _TEXT_TOKENS = 16  # of text before one of the worst positions
 
 
 def evaluate(
-    teacher: Side, students: Sequence[Side], windows: Windows, how: How, *, work: Path | None = None, watch: Watch
+    teacher: Side, students: Sequence[Side], windows: Windows, how: How, folder: Path, watch: Watch
 ) -> Report:
     """The report, best student first.
 
-    work: a folder for what is kept, which stays; None: one of ours, gone when everything is scored. Raises PlanError
-    for a student that is none of this teacher, MemoryBudgetError, SourceError for damaged weights or a kept file of
-    something else, and TargetError when nothing can be kept.
+    folder: where states and scores are kept, and found again. Raises PlanError for a student that is none of this
+    teacher, MemoryBudgetError, SourceError for damaged weights or a kept file of something else, TargetError when
+    nothing can be kept, and KeyboardInterrupt when it was stopped before anything was scored.
     """
     for student in students:
         check_student(teacher, student, windows)
     hashes = _hashes([teacher, *students], watch)
     identity = _identity(hashes[0], teacher, windows, how)
-    with _working(work, identity) as (folder, finished), ExitStack() as stack:
-        source = Teacher(teacher, windows, how, folder, identity)
-        stack.callback(source.close)
+    with closing(Teacher(teacher, windows, how, folder, identity)) as source:
         notes: dict[str, None] = dict.fromkeys(notes_on(source.runner))
         tables: list[tuple[Side, str, Array]] = []
         for place, (student, sha) in enumerate(zip(students, hashes[1:], strict=True), 1):
@@ -61,8 +58,6 @@ def evaluate(
             if watch.stopped():
                 break
         complete = len(tables) == len(students) and all(len(t[2]) == len(windows.tokens_WL) for t in tables)
-        if complete:
-            finished()
         if not tables:
             raise KeyboardInterrupt
         setting = _setting(source, windows, how)
@@ -137,22 +132,15 @@ def _identity(sha: str, teacher: Side, windows: Windows, how: How) -> dict[str, 
     }
 
 
-@contextmanager
-def _working(work: Path | None, identity: dict[str, Any]) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """(folder, what to call when everything is scored). A folder of the user's own stays."""
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = work or Path.home() / ".cache" / "mlxquant" / "eval" / key
-    done = False
+def own_folder(teacher: Side, windows: Windows, how: How) -> Path:
+    """Where a run without a folder of the user's is kept until it has been shown: the same for the same command.
 
-    def finished() -> None:
-        nonlocal done
-        done = True
-
-    try:
-        yield folder, finished
-    finally:
-        if done and not work:
-            shutil.rmtree(folder, ignore_errors=True)
+    A teacher is told by names, sizes and times of its files: the hashes in what is kept are the proof.
+    """
+    files = teacher.path.iterdir() if teacher.path.is_dir() else [teacher.path]
+    known = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files) if file.is_file()]
+    key = json.dumps([str(teacher.path.resolve()), known, windows.digest, how.device.kind, how.expand, version("mlx")])
+    return Path.home() / ".cache" / "mlxquant" / "eval" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _setting(teacher: Teacher, windows: Windows, how: How) -> Setting:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def run(home, corpus, *students, work=None, watch=None, device=None, expand="aut
     sides = [side(home / name) for name in (teacher, *students)]
     windows = cut(sides[0].text, corpus, Protocol(CONTEXT, None, WINDOWS))
     how = How(device or prepare("cpu"), expand)
-    return evaluate(sides[0], sides[1:], windows, how, work=work, watch=watch or Silent())
+    with tempfile.TemporaryDirectory() as scratch:
+        return evaluate(sides[0], sides[1:], windows, how, work or Path(scratch), watch or Silent())
 
 
 class Stopping(Silent):
@@ -214,12 +216,6 @@ def test_kept_states_of_another_teacher_are_refused(home, corpus, tmp_path):
         run(home, corpus, "8bit", work=tmp_path / "kept", teacher="other")
 
 
-def test_nothing_is_left_behind(home, corpus, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    run(home, corpus, "8bit")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
 def test_a_student_or_a_teacher_of_no_numbers_is_named(home, corpus, tmp_path):
     shutil.copytree(home / "teacher", home / "broken")
     arrays = mx.load(str(home / "broken" / "model.safetensors"))
@@ -261,6 +257,23 @@ def test_command_table_card_and_plot(home, tmp_path):
     result = command(home, home / "teacher", home / "8bit", "--card")
     assert result.code == 0, result.err
     assert "| " in result.out
+
+
+def test_nothing_is_left_behind_once_it_is_shown(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxquant.cli.eval._show", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command(home, home / "teacher", home / "8bit").code == 130
+    assert list(tmp_path.rglob("*.scores"))
+    assert command(home, home / "teacher", home / "8bit").code == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_nowhere_to_keep_anything(home, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    result = command(home, home / "teacher", home / "8bit")
+    refused(result, "--keep DIR")
 
 
 def test_command_refusals(home, tmp_path):
