@@ -109,39 +109,37 @@ class Teacher:
 
     def hidden(self, i: int) -> Array:
         """Of window i. Those before it are run too where they are not kept: a damaged file ends at the damage."""
-        self._compare_with_itself()
         while len(self._kept) <= i:
             tokens_L = self.windows.tokens_WL[len(self._kept)]
             self._kept.append(self.runner.hidden(tokens_L, self.windows.first))
-        return self._kept.read(i)
-
-    def _compare_with_itself(self) -> None:
         if len(self._floor) == 0:
-            self.read()
             self._floor.append(self._from_itself())
+        return self._kept.read(i)
 
     def _from_itself(self) -> Array:
         """Scores of the first window against the same in other chunks: sums are then added in another order."""
         tokens_L, first = self.windows.tokens_WL[0], self.windows.first
         other = self.runner.hidden(tokens_L, first, max(1, first // 3))
-        same = self.runner.hidden(tokens_L, first)
-        return compare(self.runner.split, self.runner.split, same, other, self.windows.next_P(0))
+        split = self.runner.split
+        return compare(split, split, self._kept.read(0), other, self.windows.next_P(0))
 
     @property
     def floor(self) -> float:
-        self._compare_with_itself()  # its file can be damaged beside scores that are whole
+        if len(self._floor) == 0:  # its file can be damaged beside scores that are whole
+            self.read()
+            self.hidden(0)
         return float(self._floor.read(0)["kl"].mean())
 
     def run_all(self, watch: Watch, label: str) -> None:
         self.read()
         watch.stage(label, len(self.windows.tokens_WL), "windows")
         watch.advance(len(self._kept))
-        self._compare_with_itself()
         for i in range(len(self._kept), len(self.windows.tokens_WL)):
             self.hidden(i)
             watch.advance(1)
             if watch.stopped():
                 return
+        self.hidden(0)  # and with it the floor, where only that was lost
 
 
 def notes_on(runner: Runner) -> list[str]:
