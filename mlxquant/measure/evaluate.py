@@ -126,7 +126,7 @@ def _identity(sha: str, teacher: Side, windows: Windows, how: How) -> dict[str, 
     return {
         "teacher": sha,
         "tokenizer": tokenizer_sha256(teacher.text),
-        "text": windows.digest,
+        "text or windows": windows.digest,
         "device": how.device.kind,
         "mlx": version("mlx"),
     }
