@@ -46,7 +46,6 @@ def inject(
     *,
     step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    only: Callable[[str], bool] | None = None,
 ) -> Iterator[Injected]:
     """One for each weight that is not the same in both models, in the model's own order; those below the rounding of
     the machine as measured. A tied embedding is replaced in both of its places.
@@ -58,12 +57,12 @@ def inject(
     the one before: its sum is far above the whole, and the single figures say nothing.
 
     step: at most so many tokens at once; windows that are longer are always computed from the first layer on.
-    progress(done, total) after each weight. only(name): which of them.
+    progress(done, total) after each weight.
 
     Raises PlanError when the models have not the same weights, UnsupportedError for a model that cannot be cut.
     """
     source = _Teacher(teacher, windows, step)
-    found = [c for c in changes(teacher, student, source.split.dtype) if only is None or only(c.name)]
+    found = list(changes(teacher, student, source.split.dtype))
     kinds = _kinds(teacher)
     for done, change in enumerate(found, 1):
         source.enter(change.path)
