@@ -15,6 +15,7 @@ FLOORS = [
     {"tensors", "units", "machine"},
     {"codecs", "files", "families", "hub"},
     {"plan"},
+    {"fit"},
     {"convert"},
     {"run"},
     {"measure"},

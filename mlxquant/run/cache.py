@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from mlxquant.errors import UsageError
-from mlxquant.run.cache_size import Growth, pushes
+from mlxquant.fit.growth import Growth, pushes
 
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (32, 64, 128)

@@ -8,7 +8,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from mlxquant.errors import UsageError
 from mlxquant.run.cache import plan_cache
-from mlxquant.run.cache_size import Growth, full_lengths, pushes, rotating_lengths
+from mlxquant.fit.growth import Growth, full_lengths, pushes, rotating_lengths
 from mlxquant.run.generate import generate
 from mlxquant.run.model import load_model
 

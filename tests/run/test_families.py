@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlxquant.run.cache import plan_cache
-from mlxquant.run.cache_size import pushes
+from mlxquant.fit.growth import pushes
 from mlxquant.run.expand import expand_weights
 from mlxquant.run.generate import generate
 
