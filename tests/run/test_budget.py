@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 
 from mlxquant.errors import MemoryBudgetError
+from mlxquant.fit.growth import Growth
 from mlxquant.machine import Machine
 from mlxquant.run.budget import Budget, Shape, check, longest_context, reckon, scratch_bytes
 from mlxquant.run.cache import CachePlan, Slot
-from mlxquant.fit.growth import Growth
 from mlxquant.run.device import Blas, Device
 from mlxquant.run.ready import CacheOptions, make_ready
 

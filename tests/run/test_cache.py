@@ -7,8 +7,8 @@ from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attenti
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlxquant.errors import UsageError
-from mlxquant.run.cache import plan_cache
 from mlxquant.fit.growth import Growth, full_lengths, pushes, rotating_lengths
+from mlxquant.run.cache import plan_cache
 from mlxquant.run.generate import generate
 from mlxquant.run.model import load_model
 

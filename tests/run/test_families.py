@@ -12,8 +12,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.run.cache import plan_cache
 from mlxquant.fit.growth import pushes
+from mlxquant.run.cache import plan_cache
 from mlxquant.run.expand import expand_weights
 from mlxquant.run.generate import generate
 
