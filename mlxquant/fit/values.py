@@ -14,10 +14,10 @@ class Level:
     """One way to store a model.
 
     name: 'bf16', '4-bit', 'mxfp4', 'Q4_K_M'. options: what `convert` is given for it, () for a model as it is.
-    nbytes: of all tensors, as written. loaded_bytes: of those that are in memory once the model is loaded. largest_bytes:
-    the largest single array. token_bytes: weight bytes read for one decoded token: of an untied input embedding no
-    more than a row, of experts only those that are asked. size: weights. header_bytes: what the files hold beside
-    tensors, about.
+    nbytes: of all tensors, as written. loaded_bytes: of those in memory once the model is loaded. largest_bytes: the
+    largest single array. token_bytes: weight bytes read for one decoded token: of an untied input embedding no more
+    than a row, of experts only those that are asked. size: weights. header_bytes: what the files hold beside tensors,
+    about.
     """
 
     name: str
@@ -99,8 +99,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Row:
-    """One level on one machine. longest_float, longest_8bit: tokens of the longest context that fits with keys and values
-    in 16 and in 8 bits, 0 where not even one does; None for 8 bits where no layer's cache can be kept so.
+    """One level on one machine. longest_float, longest_8bit: tokens of the longest context that fits with keys and
+    values in 16 and in 8 bits, 0 where not even one does; None for 8 bits where no layer's cache can be kept so.
     speed: None where the machine's bandwidth is not known.
     """
 
