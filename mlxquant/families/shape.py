@@ -42,7 +42,8 @@ class ModelShape:
     tied: the embedding is the output head in mlx-lm's eyes (gemma3: unless the source holds lm_head.weight).
     modalities: "text", and "vision" or "audio" where the config describes parts that are not converted.
     Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is
-    their state.
+    their state. global_head_dim, global_kv_heads: of full layers where they differ from those of sliding ones (gemma4).
+    shared_kv_layers: so many last layers read the keys and values of an earlier layer of their kind.
     """
 
     model_type: str
@@ -74,6 +75,9 @@ class ModelShape:
     state_heads: int = 0
     state_key: int = 0
     state_value: int = 0
+    global_head_dim: int = 0
+    global_kv_heads: int = 0
+    shared_kv_layers: int = 0
     modalities: tuple[str, ...] = ("text",)
 
     @classmethod
