@@ -17,7 +17,7 @@ from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS
 from mlxquant.families.layout import Change, Layout, Piece, Target
 from mlxquant.families.mlx_config import text_config
-from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, model_flags, sizes
+from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, made_of, model_flags, sizes
 from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import TensorSpec
@@ -41,8 +41,10 @@ def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout
     sources = {_canonical(shape.module, name): spec for name, spec in specs.items()}
     build = _Build(shape, FAMILIES[shape.module], dimensions(shape), sources)
     build.shifted = not any(".experts.0." in name for name in sources)
-    build.flags = model_flags(text_config(config), shape) | _head(config, shape, sources)
-    for row, name, source in _expected(build):
+    build.refuse()
+    present = any(name in sources for name in ("lm_head.weight", "language_model.lm_head.weight"))
+    build.flags = all_flags(config, shape, present)
+    for row, name, source in expected(shape, build.flags, build.dims):
         if (target := build.target(row, name, source)) is not None:
             build.targets.append(target)
         if len(build.missing) >= _ENOUGH:
@@ -60,11 +62,15 @@ def _canonical(module: str, name: str) -> str:
     return f"language_model.{name}" if name == "lm_head.weight" else name
 
 
-def _head(config: Mapping[str, Any], shape: ModelShape, sources: Mapping[str, TensorSpec]) -> set[str]:
+def all_flags(config: Mapping[str, Any], shape: ModelShape, head_present: bool) -> set[str]:
+    """The words of `when` that hold for the whole model; `head_present`: the checkpoint has an output head."""
+    return model_flags(text_config(config), shape) | _head(config, shape, head_present)
+
+
+def _head(config: Mapping[str, Any], shape: ModelShape, present: bool) -> set[str]:
     """'head' where mlx-lm's model has an output head, 'copied_head' where it must be copied from the
     embedding."""
     rule = FACTS[shape.module].tie
-    present = any(name in sources for name in ("lm_head.weight", "language_model.lm_head.weight"))
     stated = text_config(config).get("tie_word_embeddings")
     if rule == "present":
         return {"head"} if present else set()
@@ -101,21 +107,26 @@ class _Build:
     used: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
 
+    def refuse(self) -> None:
+        """Raises UnsupportedError for what is known not to work."""
+        for name in self.sources:
+            for pattern, why in self.family.refuses:
+                if re.fullmatch(pattern, name):
+                    raise UnsupportedError(f"{self.sources[name].name}: {why}")
+        if self.shape.module == "deepseek_v3" and self.shape.layers > 61:
+            raise UnsupportedError(
+                f"config.json: num_hidden_layers is {self.shape.layers}, but stock mlx-lm's deepseek_v3 drops layer 61"
+            )
+
     def target(self, row: Row, name: str, source: str) -> Target | None:
         """The target for one expected tensor, or None with the missing names noted."""
         out = sizes(row.dims, self.dims)
         if source != name and name in self.sources:  # an MLX folder: stacked, split or halved already
             return self.make(row, name, out, [name], out, "same")
-        if row.how == "stack":
-            names = [source.format(e=e) for e in range(out[0])]
-            return self.make(row, name, out, names, out[1:], row.how)
-        if row.how == "half":
-            return self.make(row, name, out, [source], (out[0], 2 * out[1], out[2]), row.how)
-        if row.how in ("mla_q", "mla_v"):
-            return self.make(row, name, out, [source], (self.dims["kvb"], self.dims["kvl"]), row.how)
-        if row.how == "conv" and (spec := self.sources.get(name)) is not None and spec.shape != out:
-            return self.make(row, name, out, [name], (out[0], 1, out[1]), row.how)
-        return self.make(row, name, out, [source], out, row.how)
+        names, expected = made_of(row, source, self.dims)
+        if row.how == "conv" and (spec := self.sources.get(name)) is not None and spec.shape == out:
+            expected = out  # an MLX folder: its axes swapped already
+        return self.make(row, name, out, names, expected, row.how)
 
     def make(
         self,
@@ -210,32 +221,24 @@ def _pieces(row: Row, specs: list[TensorSpec], shape: tuple[int, ...]) -> Iterat
         yield Piece(specs[0].name, (2 * e + row.part) * rows, rows)
 
 
-def _expected(build: _Build) -> Iterator[tuple[Row, str, str]]:
+def expected(shape: ModelShape, flags: set[str], dims: Mapping[str, int]) -> Iterator[tuple[Row, str, str]]:
     """(row, MLX name, source name) in the model's order: embedding, layers, the rest of the root."""
-    shape, family = build.shape, build.family
-    for name in build.sources:
-        for pattern, why in family.refuses:
-            if re.fullmatch(pattern, name):
-                raise UnsupportedError(f"{build.sources[name].name}: {why}")
-    if shape.module == "deepseek_v3" and shape.layers > 61:
-        raise UnsupportedError(
-            f"config.json: num_hidden_layers is {shape.layers}, but stock mlx-lm's deepseek_v3 drops layer 61"
-        )
-    root = [row for row in family.root if set(row.when.split()) <= build.flags]
+    family = FAMILIES[shape.module]
+    root = [row for row in family.root if set(row.when.split()) <= flags]
     yield root[0], root[0].name, root[0].name
     for index, kinds in enumerate(zip(shape.mixers, shape.ffns, strict=True)):
-        flags = build.flags | set(kinds)
+        here = flags | set(kinds)
         for row in family.layer:
-            if set(row.when.split()) <= flags:
-                for one in _repeated(row, build):
+            if set(row.when.split()) <= here:
+                for one in _repeated(row, dims):
                     at = f"{family.prefix}.{index}."
                     yield one, at + one.name, at + (one.source or one.name)
     for row in root[1:]:
         yield row, row.name, row.source or row.name
 
 
-def _repeated(row: Row, build: _Build) -> Iterator[Row]:
+def _repeated(row: Row, dims: Mapping[str, int]) -> Iterator[Row]:
     if not row.repeat:
         yield row
-    for n in range(build.dims[row.repeat] if row.repeat else 0):
+    for n in range(dims[row.repeat] if row.repeat else 0):
         yield replace(row, name=row.name.format(n=n))

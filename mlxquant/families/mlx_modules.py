@@ -388,6 +388,20 @@ def sizes(dims: str, numbers: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def made_of(row: Row, source: str, numbers: Mapping[str, int]) -> tuple[list[str], tuple[int, ...]]:
+    """The names of the tensors that a Hugging Face checkpoint has for a row, and the one shape of them all."""
+    out = sizes(row.dims, numbers)
+    if row.how == "stack":
+        return [source.format(e=e) for e in range(out[0])], out[1:]
+    if row.how == "half":
+        return [source], (out[0], 2 * out[1], out[2])
+    if row.how in ("mla_q", "mla_v"):
+        return [source], (numbers["kvb"], numbers["kvl"])
+    if row.how == "conv":
+        return [source], (out[0], 1, out[1])
+    return [source], out
+
+
 def dimensions(shape: ModelShape) -> dict[str, int]:
     """The words of `dims`, as numbers."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

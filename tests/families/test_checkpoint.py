@@ -1,0 +1,60 @@
+"""The checkpoint that config.json stands for, beside real ones, whose names tests/tiny_families.py has by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlxquant.errors import SourceError, UnsupportedError
+from mlxquant.families.checkpoint import checkpoint
+from mlxquant.families.mlx_layout import layout
+from mlxquant.plan.gguf_plan import plan_checkpoint
+from mlxquant.plan.gguf_types import type_settings
+from mlxquant.plan.plan import make_plan
+from mlxquant.plan.recipe import settings
+from mlxquant.tensors import TensorSpec
+from tests.families.checkpoints import TIES, config, folder, specs
+from tests.families.gguf_checkpoints import LAYERS, WIDTH, gpt_oss_mxfp4
+
+
+@pytest.mark.parametrize(("family", "tied"), TIES)
+def test_equals_the_real_checkpoint(family, tied):
+    """But for what a conversion leaves out: vision towers, multi-token prediction."""
+    path = folder(family, tied)
+    real, about = specs(path), config(path)
+    left_out = {name for name, _ in layout(about, real).dropped}
+    assert checkpoint(about) == {name: spec for name, spec in real.items() if name not in left_out}
+
+
+@pytest.mark.parametrize(("family", "tied"), TIES)
+def test_plans_equal_those_of_the_real_checkpoint(family, tied):
+    path = folder(family, tied)
+    real, about = specs(path), config(path)
+    ours, theirs = (make_plan(about, found, settings(bits=4, recipe="uniform")) for found in (checkpoint(about), real))
+    assert ours.tensors == theirs.tensors
+    try:
+        theirs = plan_checkpoint(about, real, type_settings("Q4_K_M"))
+    except UnsupportedError:  # a family without a place in GGUF
+        return
+    assert plan_checkpoint(about, checkpoint(about), type_settings("Q4_K_M")).tensors == theirs.tensors
+
+
+def test_gpt_oss_as_it_was_published():
+    about, arrays = gpt_oss_mxfp4(np.random.default_rng(0), WIDTH, LAYERS, False)
+    about |= {"vocab_size": 512, "torch_dtype": "bfloat16"}
+    codes = {np.dtype(np.uint8): "U8"}
+    assert checkpoint(about) == {n: TensorSpec(n, a.shape, codes.get(a.dtype, "BF16")) for n, a in arrays.items()}
+
+
+def test_dtype_is_config_s_unless_asked_for():
+    about = config(folder("llama")) | {"torch_dtype": "float16"}
+    assert {spec.dtype for spec in checkpoint(about).values()} == {"F16"}
+    assert {spec.dtype for spec in checkpoint(about, "F32").values()} == {"F32"}
+    assert {spec.dtype for spec in checkpoint(about | {"torch_dtype": "int4"}).values()} == {"BF16"}
+
+
+def test_missing_key_is_named():
+    about = config(folder("llama"))
+    del about["hidden_size"]
+    with pytest.raises(SourceError, match="hidden_size"):
+        checkpoint(about)
