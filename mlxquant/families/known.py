@@ -52,6 +52,15 @@ _DEEPSEEK: dict[str, int | bool | None] = {
     "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
     "moe_layer_freq": 1, "first_k_dense_replace": 0, "max_position_embeddings": 2048,
 }  # fmt: skip
+# TextModelArgs of qwen3_5.py, for the text_config of both modules.
+_QWEN3_5: dict[str, int | bool | None] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 151936, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "linear_num_value_heads": 64, "linear_num_key_heads": 16, "linear_key_head_dim": 192,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "tie_word_embeddings": False,
+    "full_attention_interval": 4, "num_experts": 0, "num_experts_per_tok": 0,
+    "shared_expert_intermediate_size": 0, "moe_intermediate_size": 0,
+}  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 
@@ -77,6 +86,8 @@ FACTS: dict[str, Facts] = {
         "linear_value_head_dim", "linear_conv_kernel_dim", "shared_expert_intermediate_size",
         "partial_rotary_factor",
     ), _UNTIED | {"full_attention_interval": 4}),
+    "qwen3_5": Facts("either", "config", (), _QWEN3_5),
+    "qwen3_5_moe": Facts("either", "config", (), _QWEN3_5),
     "gemma": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
     "gemma2": Facts("own", "always", ("head_dim", "rms_norm_eps", "num_key_value_heads")),
     "gemma3_text": Facts("own", "present", (), {

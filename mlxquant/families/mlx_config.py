@@ -7,6 +7,9 @@ from typing import Any
 
 from mlxquant.errors import SourceError
 
+# Families whose text_config alone is asked whether embeddings are tied.
+_TIED_INSIDE = ("qwen3_5", "qwen3_5_moe")
+
 
 def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config with what stock mlx-lm would miss written where it looks; keys that are there are kept.
@@ -18,6 +21,8 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     made = _flat_rope(config.get("rope_parameters")) | dict(config)
     if (inner := _inner(config)) is not None:
         made["text_config"] = _flat_rope(inner.get("rope_parameters")) | dict(inner)
+        if config.get("model_type") in _TIED_INSIDE and "tie_word_embeddings" in config:
+            made["text_config"].setdefault("tie_word_embeddings", config["tie_word_embeddings"])
         if config.get("model_type") == "gemma3" and "vocab_size" in inner:
             made.setdefault("vocab_size", inner["vocab_size"])
     return made

@@ -9,7 +9,8 @@ are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,9 @@ __all__ = ["layout", "mlx_lm_codec"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES: dict[How, Change] = {"add_one": "add_one", "mla_q": "mla_embed_q", "mla_v": "mla_unembed"}
+# Families whose text model lies under language_model in MLX; those whose checkpoints may be for text alone.
+_NESTED = ("gemma3", "qwen3_5", "qwen3_5_moe")
+_TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
 _COMMON_DROPS = ((r".*rotary_emb\.inv_freq", "computed at load time, not learned"),)
 _NAMED = 8  # names in one message
 _ENOUGH = 200  # missing names after which looking further tells nobody more
@@ -40,7 +44,9 @@ def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout
     shape = ModelShape.from_config(config)
     sources = {_canonical(shape.module, name): spec for name, spec in specs.items()}
     build = _Build(shape, FAMILIES[shape.module], dimensions(shape), sources)
-    build.shifted = not any(".experts.0." in name for name in sources)
+    if len(sources) < len(specs):
+        raise SourceError(f"the source has tensors twice, under two names: {_some(_twice(shape.module, specs))}")
+    build.shifted = _is_mlx(shape.module, sources)
     build.refuse()
     present = any(name in sources for name in ("lm_head.weight", "language_model.lm_head.weight"))
     build.flags = all_flags(config, shape, present)
@@ -54,12 +60,25 @@ def layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Layout
 
 
 def _canonical(module: str, name: str) -> str:
-    """gemma3 saved by newer transformers has language_model inside model instead of outside."""
-    if module != "gemma3":
+    """MLX's name for what stands outside or inside of model in other checkpoints of the same family."""
+    if module not in _NESTED:
         return name
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
-    return f"language_model.{name}" if name == "lm_head.weight" else name
+    bare = module in _TEXT_ALONE and not name.startswith(("language_model.", "vision_tower.", "model.visual."))
+    return f"language_model.{name}" if bare or name == "lm_head.weight" else name
+
+
+def _twice(module: str, names: Iterable[str]) -> list[str]:
+    seen = Counter(_canonical(module, name) for name in names)
+    return [name for name, count in seen.items() if count > 1]
+
+
+def _is_mlx(module: str, sources: Mapping[str, TensorSpec]) -> bool:
+    """Whether this is an MLX folder, as mlx-lm tells it: by its stacked experts or its swapped convolutions."""
+    if module in ("qwen3_5", "qwen3_5_moe"):
+        return not any("conv1d.weight" in name and spec.shape[-1:] != (1,) for name, spec in sources.items())
+    return not any(".experts.0." in name for name in sources)
 
 
 def all_flags(config: Mapping[str, Any], shape: ModelShape, head_present: bool) -> set[str]:
@@ -94,7 +113,7 @@ def _head(config: Mapping[str, Any], shape: ModelShape, present: bool) -> set[st
 class _Build:
     """What one call of layout() knows and collects.
 
-    `shifted`: an MLX folder, whose norms are 1 + w already; like mlx-lm we tell it by its stacked experts.
+    `shifted`: an MLX folder, whose norms are 1 + w already.
     """
 
     shape: ModelShape
@@ -199,7 +218,7 @@ class _Build:
         for pattern, why in (*self.family.drops, *_COMMON_DROPS):
             if re.fullmatch(pattern, name):
                 return why
-        if name == "lm_head.weight" and "head" not in self.flags:
+        if name.removeprefix("language_model.") == "lm_head.weight" and "head" not in self.flags:
             return "tied: the embedding is the output head"
         more = config.get("num_nextn_predict_layers")
         if self.shape.module == "deepseek_v3" and type(more) is int:

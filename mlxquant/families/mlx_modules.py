@@ -92,6 +92,17 @@ def _experts(at: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down
     )
 
 
+def _fused_experts(at: str, source: str, when: str = "moe") -> tuple[Row, ...]:
+    """SwitchGLU from two tensors for all experts: gate and up, one after the other, and down."""
+    return (
+        *(
+            Row(f"{at}.{name}_proj.weight", "e m h", when, "half", f"{source}.gate_up_proj", part)
+            for part, name in enumerate(("gate", "up"))
+        ),
+        Row(f"{at}.down_proj.weight", "e h m", when, source=f"{source}.down_proj"),
+    )
+
+
 def _root(norm: str = "norm", at: str = "model", bias: str = "", embed: str = "embed_tokens") -> tuple[Row, ...]:
     return (
         Row(f"{at}.{embed}.weight", "v h"),
@@ -111,10 +122,8 @@ _SHARED_GATED = (
 )
 _ROUTER = Row("mlp.gate.weight", "e h", "moe")
 _MTP = "multi-token prediction, which mlx-lm does not run"
-_GEMMA3_DROPS = (
-    (r"(model\.)?vision_tower\..*", "vision: only the text part is converted"),
-    (r"(model\.)?multi_modal_projector\..*", "vision: only the text part is converted"),
-)
+_VISION = "vision: only the text part is converted"
+_GEMMA3_DROPS = ((r"(model\.)?vision_tower\..*", _VISION), (r"(model\.)?multi_modal_projector\..*", _VISION))
 
 _LLAMA = Family((*_attention("attention_bias", "attention_bias"), *_mlp("mlp_bias"), *_PRE), _root())
 _QWEN2 = Family((*_attention("yes"), *_mlp(), *_PRE), _root())
@@ -134,6 +143,41 @@ def _below(family: Family, at: str, drops: tuple[tuple[str, str], ...]) -> Famil
     """The same model one level deeper, as gemma3 keeps its text part under language_model."""
     root = tuple(replace(r, name=f"{at}.{r.name}", source=r.source and f"{at}.{r.source}") for r in family.root)
     return replace(family, root=root, prefix=f"{at}.{family.prefix}", drops=drops)
+
+
+def _delta_net(projections: Mapping[str, str], experts: tuple[Row, ...], keep_a: bool = False) -> Family:
+    """Attention with a gate in q_proj beside gated delta nets, into which `projections` (name: dims) lead."""
+    return Family(
+        (
+            *_attention("attention_bias", "attention_bias", when="full", q="2q"),
+            *_vectors("self_attn.q_norm", "self_attn.k_norm", dims="hd", when="full", how="add_one"),
+            *(Row(f"linear_attn.{name}.weight", dims, "linear") for name, dims in projections.items()),
+            Row("linear_attn.conv1d.weight", "cc k 1", "linear", "conv"),
+            Row("linear_attn.A_log", "sh", "linear", cast=not keep_a),
+            Row("linear_attn.dt_bias", "sh", "linear"),
+            Row("linear_attn.norm.weight", "sv", "linear"),
+            Row("linear_attn.out_proj.weight", "h so", "linear"),
+            *_mlp(when="dense"),
+            _ROUTER,
+            *experts,
+            *_SHARED_GATED,
+            *_vectors("input_layernorm", "post_attention_layernorm", how="add_one"),
+        ),
+        tuple(replace(r, how="add_one") if r.name == "model.norm.weight" else r for r in _root()),
+        drops=((r"mtp\..*", _MTP),),
+    )
+
+
+_QWEN3_NEXT = _delta_net({"in_proj_qkvz": "qkvz h", "in_proj_ba": "2sh h"}, _experts())
+_QWEN3_5 = _below(
+    _delta_net(
+        {"in_proj_qkv": "cc h", "in_proj_z": "so h", "in_proj_b": "sh h", "in_proj_a": "sh h"},
+        _fused_experts("mlp.switch_mlp", "mlp.experts"),
+        keep_a=True,
+    ),
+    "language_model",
+    ((r"vision_tower\..*|model\.visual\..*", _VISION), (r"language_model\.mtp\..*", _MTP)),
+)
 
 
 def _deepseek(latents: tuple[Row, ...], gate: tuple[Row, ...]) -> Family:
@@ -212,26 +256,9 @@ FAMILIES: dict[str, Family] = {
         (*_attention(), *_QK_NORM, *_mlp(when="dense"), _ROUTER, *_experts(), *_PRE),
         _root(),
     ),
-    "qwen3_next": Family(
-        (
-            *_attention("attention_bias", "attention_bias", when="full", q="2q"),
-            *_vectors("self_attn.q_norm", "self_attn.k_norm", dims="hd", when="full", how="add_one"),
-            Row("linear_attn.in_proj_qkvz.weight", "qkvz h", "linear"),
-            Row("linear_attn.in_proj_ba.weight", "2sh h", "linear"),
-            Row("linear_attn.conv1d.weight", "cc k 1", "linear", "conv"),
-            Row("linear_attn.A_log", "sh", "linear"),
-            Row("linear_attn.dt_bias", "sh", "linear"),
-            Row("linear_attn.norm.weight", "sv", "linear"),
-            Row("linear_attn.out_proj.weight", "h so", "linear"),
-            *_mlp(when="dense"),
-            _ROUTER,
-            *_experts(),
-            *_SHARED_GATED,
-            *_vectors("input_layernorm", "post_attention_layernorm", how="add_one"),
-        ),
-        tuple(replace(r, how="add_one") if r.name == "model.norm.weight" else r for r in _root()),
-        drops=((r"mtp\..*", _MTP),),
-    ),
+    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": _QWEN3_5,
     "gemma": _GEMMA,
     "gemma2": Family((*_attention(), *_mlp(), *_GEMMA_NORMS), _root()),
     "gemma3_text": _GEMMA3,

@@ -25,6 +25,8 @@ _PRESET = affine(8, 64)
 _EIGHT_BITS = {
     "qwen3_moe": ("mlp.gate",),
     "qwen3_next": ("mlp.gate", "shared_expert_gate"),
+    "qwen3_5": ("mlp.gate", "shared_expert_gate"),
+    "qwen3_5_moe": ("mlp.gate", "shared_expert_gate"),
     "gpt_oss": ("router",),
     "granite": ("self_attn.o_proj", "mlp.down_proj"),
     "granitemoe": ("block_sparse_moe.router.layer", "self_attn.o_proj", "mlp.down_proj"),

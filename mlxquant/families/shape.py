@@ -18,6 +18,9 @@ from mlxquant.families.mlx_config import text_config
 Mixer = Literal["full", "sliding", "linear", "ssm", "none"]
 Ffn = Literal["dense", "moe", "none"]
 
+# Gated delta nets beside every few layers of attention.
+_DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+
 # Far above any model, far below what would make a plan take minutes.
 _MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
 
@@ -210,7 +213,7 @@ def _moe_width(reader: _Reader) -> int:
     own = reader.module in (
         "qwen2_moe",
         "qwen3_moe",
-        "qwen3_next",
+        *_DELTA_NETS,
         "deepseek_v2",
         "deepseek_v3",
         "nemotron_h",
@@ -219,7 +222,7 @@ def _moe_width(reader: _Reader) -> int:
 
 
 def _shared_width(reader: _Reader) -> int:
-    if reader.module in ("qwen2_moe", "qwen3_next"):
+    if reader.module in ("qwen2_moe", *_DELTA_NETS):
         return reader.integer("shared_expert_intermediate_size")
     shared = reader.optional("n_shared_experts", low=0)
     if reader.module == "nemotron_h":
@@ -235,7 +238,7 @@ def _latents(reader: _Reader) -> dict[str, int]:
 
 
 def _recurrent(reader: _Reader) -> dict[str, int]:
-    if reader.module == "qwen3_next":
+    if reader.module in _DELTA_NETS:
         key, value = reader.integer("linear_key_head_dim"), reader.integer("linear_value_head_dim")
         key_heads, heads = reader.integer("linear_num_key_heads"), reader.integer("linear_num_value_heads")
         channels, kernel = 2 * key * key_heads + value * heads, reader.integer("linear_conv_kernel_dim")
@@ -279,7 +282,7 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     module = reader.module
     if module == "mamba2":
         return ["ssm"] * count
-    if module == "qwen3_next":
+    if module in _DELTA_NETS:
         every = reader.integer("full_attention_interval")
         return ["linear" if (i + 1) % every else "full" for i in range(count)]
     if module in ("gemma3", "gemma3_text", "cohere2"):

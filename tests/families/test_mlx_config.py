@@ -54,6 +54,13 @@ def test_gemma3_finds_its_vocabulary_at_the_root():
     assert text_config(config | {"vocab_size": 600})["vocab_size"] == 600
 
 
+def test_a_tie_that_stands_at_the_root_alone_is_written_where_mlx_lm_asks():
+    config = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": {"hidden_size": 64}}
+    assert mlx_config(config)["text_config"]["tie_word_embeddings"] is True
+    own = {**config, "text_config": {"tie_word_embeddings": False}}
+    assert text_config(own)["tie_word_embeddings"] is False
+
+
 def test_nothing_is_added_where_nothing_is_nested():
     config = llama()
     assert mlx_config(config) == config

@@ -34,7 +34,7 @@ EXPECTED = [
     (r"\.(gate|router|router\.layer)\.weight$", Role.ROUTER),
     (r"\.shared_expert_gate\.weight$", Role.SHARED_GATE),
     (r"\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|embed_q|unembed_out)\.weight$", Role.MLA_LATENT),
-    (r"\.(in_proj|out_proj|in_proj_qkvz|in_proj_ba)\.weight$", Role.SSM),
+    (r"\.(in_proj|out_proj|in_proj_qkvz|in_proj_ba|in_proj_qkv|in_proj_[zab])\.weight$", Role.SSM),
     (r"\.(A_log|D|dt_bias)$", Role.SSM),
     (r"\.conv1d\.weight$", Role.CONV),
     (r"\.(bias|e_score_correction_bias)$", Role.BIAS),
@@ -71,6 +71,8 @@ WORDS = {
                     "self_attn", "mlp"),
     "qwen3_next": ("linear_attn", "in_proj_qkvz", "in_proj_ba", "conv1d", "A_log", "dt_bias", "out_proj",
                    "gate", "shared_expert_gate"),
+    "qwen3_5_moe": ("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv1d", "A_log", "out_proj",
+                    "gate", "shared_expert_gate"),
     "mamba2": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "D", "dt_bias"),
     "nemotron_h": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "gate"),
 }  # fmt: skip

@@ -15,10 +15,13 @@ from tests.families import checkpoints
 
 # Keys of FACTS.defaults that mlx-lm keeps elsewhere than in ModelArgs of the same module, and why.
 ELSEWHERE = {"gemma3": "ModelArgs wraps text_config; checked below"}
+# Where ModelArgs only wraps text_config: (module, class) of the arguments that this is read by.
+INNER = {"qwen3_5": ("qwen3_5", "TextModelArgs"), "qwen3_5_moe": ("qwen3_5", "TextModelArgs")}
 
 
 def arguments(module: str):
-    return importlib.import_module(f"mlx_lm.models.{module}").ModelArgs
+    name, arguments = INNER.get(module, (module, "ModelArgs"))
+    return getattr(importlib.import_module(f"mlx_lm.models.{name}"), arguments)
 
 
 @pytest.mark.parametrize("module", [m for m in FACTS if m not in ELSEWHERE])
@@ -72,7 +75,7 @@ def test_every_tiny_model_has_the_layers_and_caches_of_stock(family):
         assert [type(c).__name__ for c in model.make_cache()] == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "nemotron_h"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "mamba2", "nemotron_h"])
 def test_recurrent_state_is_what_stock_allocates(family):
     import mlx.core as mx
 
