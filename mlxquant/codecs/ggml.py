@@ -1,16 +1,20 @@
 """ggml's block formats: rows of floats -> raw blocks, and back.
 
 The types we write have kernels of our own; the others are decoded by the `gguf` package, which llama.cpp's maintainers
-hold against ggml. Nothing here loads numba before rows come: planning asks for `block` and `ENCODED` alone.
+hold against ggml. Nothing here loads numba or gguf before rows come: planning asks for names alone.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from mlxquant.codecs.floats import Array
 from mlxquant.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _FLOATS = ("F32", "F16", "BF16")
 _BLOCKS = (
@@ -24,7 +28,6 @@ _NAMES = (
     *("IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"),
     *("MXFP4", "NVFP4"),
 )
-_TYPES = {name: GGMLQuantizationType[name] for name in _NAMES}
 
 # Where a block's float16 scales stand, in bytes (ggml/src/ggml-common.h).
 _SCALES = {
@@ -36,11 +39,13 @@ _SCALES = {
 
 def known_types() -> tuple[str, ...]:
     """The type names `block` and `decode_rows` take."""
-    return tuple(_TYPES)
+    return _NAMES
 
 
 def block(type_name: str) -> tuple[int, int]:
     """(elements, bytes) of one block. Raises UnsupportedError naming the type and those that can be read."""
+    from gguf import GGML_QUANT_SIZES
+
     elements, size = GGML_QUANT_SIZES[_kind(type_name)]
     return int(elements), int(size)
 
@@ -109,15 +114,19 @@ def decode_rows(raw: Array, type_name: str, width: int) -> Array:
         from mlxquant.codecs.ggml_decode import decode
 
         return decode(raw, type_name, width)
+    from gguf import quants
+
     with np.errstate(invalid="ignore", over="ignore"):
         rows = quants.dequantize(np.ascontiguousarray(raw), _kind(type_name))
     return np.asarray(rows, np.float32).reshape(len(raw), width)
 
 
 def _kind(type_name: str) -> GGMLQuantizationType:
-    if type_name not in _TYPES:
+    if type_name not in _NAMES:
         raise UnsupportedError(
-            f"the ggml type {type_name} cannot be read: known are {', '.join(_TYPES)}",
+            f"the ggml type {type_name} cannot be read: known are {', '.join(_NAMES)}",
             hint="start from the original Hugging Face weights, or from a GGUF file of one of these types",
         )
-    return _TYPES[type_name]
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[type_name]

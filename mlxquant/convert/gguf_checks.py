@@ -19,7 +19,7 @@ from mlxquant.convert.gguf_job import PLAN, SETTINGS, SOURCE, TENSORS, VERSION, 
 from mlxquant.convert.to_gguf import tensors_sha256
 from mlxquant.errors import MlxquantError, SourceError, UsageError
 from mlxquant.files.gguf_file import GGUFFile, GGUFTensor
-from mlxquant.files.gguf_writer import SPLIT_KEYS
+from mlxquant.files.gguf_spec import SPLIT_KEYS
 from mlxquant.files.imatrix import Imatrix
 from mlxquant.files.reading import one_line, shown
 from mlxquant.plan.gguf_plan import imatrix_sha256, plain_value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from gguf import GGUF_DEFAULT_ALIGNMENT as ALIGNMENT
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from mlxquant.errors import PlanError
-from mlxquant.files.gguf_file import BLOCKS, PARTS_LIMIT, STRING_LIMIT_BYTES
+from mlxquant.files.gguf_file import PARTS_LIMIT, STRING_LIMIT_BYTES
+from mlxquant.files.gguf_spec import SPLIT_KEYS, GGUFSpec
 from mlxquant.files.reading import shown
 from mlxquant.files.shards import Shard
 
 ARCHITECTURE = "general.architecture"
-SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 # The value of the key `sealed`, until the sha256 it is to hold is known.
 UNSEALED = "0" * 64
 NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME, with a zero at its end
@@ -41,25 +41,6 @@ _KINDS = {
     np.dtype(np.float64): GGUFValueType.FLOAT64,
     np.dtype(np.bool_): GGUFValueType.BOOL,
 }
-
-
-@dataclass(frozen=True)
-class GGUFSpec:
-    """One tensor of a file to be: `shape` outermost first, its last axis in whole blocks of `type_name`."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_name: str
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return int(np.prod(self.shape, dtype=object))
-
-    @property
-    def nbytes(self) -> int:
-        elements, nbytes = BLOCKS[self.type_name]
-        return self.size // elements * nbytes
 
 
 def lay_out(

@@ -19,7 +19,7 @@ from mlxquant.families.gguf_rope import rope_tensors
 from mlxquant.families.gguf_tensors import gguf_layout
 from mlxquant.families.layout import Layout, Piece, Target
 from mlxquant.files.gguf_file import GGUFTensor
-from mlxquant.files.gguf_writer import SPLIT_KEYS, GGUFSpec
+from mlxquant.files.gguf_spec import SPLIT_KEYS, GGUFSpec
 from mlxquant.files.imatrix import Imatrix
 from mlxquant.files.reading import shown
 from mlxquant.plan.gguf_types import (
@@ -182,25 +182,63 @@ def plan_checkpoint(
     quantized before. Raises UnsupportedError (unknown family or tensor), SourceError (config, headers or imatrix do
     not agree), PlanError and UsageError (what was asked cannot be done).
     """
+    basis = lay_out_checkpoint(config, specs, tokens)
+    return choose_types(basis, settings, imatrix, rounded, allow_requantize=allow_requantize)
+
+
+@dataclass(frozen=True)
+class GGUFBasis:
+    """What every plan of one checkpoint has in common, whatever the settings: the walk over all source tensors, made
+    once. `constants`: the tensors that config.json stands for, among `targets` too."""
+
+    config: dict[str, Any]
+    layout: Layout
+    constants: Mapping[str, np.ndarray[Any, Any]]
+    targets: tuple[Target, ...]
+    source_types: Mapping[str, str]
+
+
+def lay_out_checkpoint(config: dict[str, Any], specs: Mapping[str, TensorSpec], tokens: int | None = None) -> GGUFBasis:
+    """Raises UnsupportedError and SourceError as `plan_checkpoint`."""
     refuse_quantized_source(_without_mxfp4(config))
+    laid_out = gguf_layout(config, specs, tokens)
+    architecture(config)
+    constants = rope_tensors(config)
+    source_types = {t.name: MXFP4 if t.change == "mxfp4" else t.dtype for t in laid_out.targets}
+    source_types |= dict.fromkeys(constants, "F32")
+    targets = (*laid_out.targets, *(Target(name, values.shape, "F32", ()) for name, values in constants.items()))
+    return GGUFBasis(config, laid_out, constants, targets, source_types)
+
+
+def choose_types(
+    basis: GGUFBasis,
+    settings: TypeSettings,
+    imatrix: Imatrix | None = None,
+    rounded: Mapping[str, str] | None = None,
+    *,
+    allow_requantize: bool = False,
+) -> GGUFPlan:
+    """The plan of a checkpoint that is laid out already. Raises PlanError and UsageError as `plan_checkpoint`."""
+    _refuse_second_loss(settings, rounded, allow_requantize)
+    config = basis.config
+    keys = {"general.architecture": architecture(config)} | model_keys(config, settings.file_type_id)
+    kept = {name: MXFP4 for name, type_ in basis.source_types.items() if type_ == MXFP4 and not allow_requantize}
+    plan = _planned(basis.targets, keys, settings, basis.source_types, kept, imatrix)
+    values = {name: tuple(array.tolist()) for name, array in basis.constants.items()}
+    tensors = tuple(replace(t, values=values[t.name]) if t.name in values else t for t in plan.tensors)
+    remarks = (*unsaid(config), *plan.remarks, *_checkpoint_remarks(settings, basis.layout, kept, rounded or {}))
+    return replace(
+        plan, tensors=tensors, dropped=basis.layout.dropped, remarks=remarks, allow_requantize=allow_requantize
+    )
+
+
+def _refuse_second_loss(settings: TypeSettings, rounded: Mapping[str, str] | None, allow_requantize: bool) -> None:
     if rounded and settings.rounds and not allow_requantize:
         raise PlanError(
             f"{few(list(rounded))}: {_kinds(rounded.values())} in the source, and quantizing them again adds a "
             "second loss",
             hint="start from the full-precision model, or add --allow-requantize",
         )
-    laid_out = gguf_layout(config, specs, tokens)
-    keys = {"general.architecture": architecture(config)} | model_keys(config, settings.file_type_id)
-    constants = rope_tensors(config)
-    source_types = {t.name: MXFP4 if t.change == "mxfp4" else t.dtype for t in laid_out.targets}
-    source_types |= dict.fromkeys(constants, "F32")
-    targets = (*laid_out.targets, *(Target(name, values.shape, "F32", ()) for name, values in constants.items()))
-    kept = {name: MXFP4 for name, type_ in source_types.items() if type_ == MXFP4 and not allow_requantize}
-    plan = _planned(targets, keys, settings, source_types, kept, imatrix)
-    values = {name: tuple(array.tolist()) for name, array in constants.items()}
-    tensors = tuple(replace(t, values=values.get(t.name, ())) for t in plan.tensors)
-    remarks = (*unsaid(config), *plan.remarks, *_checkpoint_remarks(settings, laid_out, kept, rounded or {}))
-    return replace(plan, tensors=tensors, dropped=laid_out.dropped, remarks=remarks, allow_requantize=allow_requantize)
 
 
 def _without_mxfp4(config: dict[str, Any]) -> dict[str, Any]:

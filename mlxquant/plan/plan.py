@@ -128,6 +128,25 @@ class Plan:
         return block
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What all plans of one model have in common, whatever the settings: the walk over its tensors, made once."""
+
+    config: dict[str, Any]
+    shape: ModelShape
+    layout: Layout
+    roles: Mapping[str, Role]
+
+
+def lay_out(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Basis:
+    """Raises UnsupportedError (unknown family, tensor or quantization scheme) and SourceError (config and headers do
+    not agree), naming the tensors and the next step."""
+    refuse_quantized_source(config)
+    shape = ModelShape.from_config(config)
+    laid_out = mlx_layout(config, specs)
+    return Basis(config, shape, laid_out, assign_roles(laid_out.targets, shape))
+
+
 def make_plan(
     config: dict[str, Any],
     specs: Mapping[str, TensorSpec],
@@ -139,11 +158,13 @@ def make_plan(
     Raises UnsupportedError (unknown family, tensor or quantization scheme), SourceError (config and headers do not
     agree) and PlanError (what was asked cannot be done), each naming the tensors and the next step.
     """
-    refuse_quantized_source(config)
-    shape = ModelShape.from_config(config)
-    laid_out = mlx_layout(config, specs)
-    roles = assign_roles(laid_out.targets, shape)
-    dtype = settings.dtype or model_dtype(config, laid_out.targets)
+    return choose(lay_out(config, specs), settings, quantized)
+
+
+def choose(basis: Basis, settings: Settings, quantized: Mapping[str, str] | None = None) -> Plan:
+    """The plan of a model that is laid out already. Raises PlanError (what was asked cannot be done)."""
+    shape, laid_out, roles = basis.shape, basis.layout, basis.roles
+    dtype = settings.dtype or model_dtype(basis.config, laid_out.targets)
     types = repacking.types(laid_out.targets, quantized or {}, settings, shape)
     codecs = choose_codecs(laid_out.targets, roles, settings, shape, types)
     tensors = tuple(

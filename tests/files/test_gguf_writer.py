@@ -10,7 +10,8 @@ import pytest
 
 from mlxquant.errors import PlanError, SourceError
 from mlxquant.files.gguf_file import GGUFFile
-from mlxquant.files.gguf_writer import UNSEALED, GGUFSpec, lay_out
+from mlxquant.files.gguf_spec import GGUFSpec
+from mlxquant.files.gguf_writer import UNSEALED, lay_out
 from mlxquant.files.shards import ShardWriter
 
 METADATA = {
