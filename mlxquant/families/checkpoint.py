@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxquant.families.mlx_config import text_config
-from mlxquant.families.mlx_layout import all_flags, expected
+from mlxquant.families.mlx_layout import all_flags, expected, published
 from mlxquant.families.mlx_modules import dimensions, made_of
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import FLOAT_CODES, TensorSpec
@@ -32,7 +32,7 @@ def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str,
     specs: dict[str, TensorSpec] = {}
     for row, _, source in expected(shape, _flags(config, shape), numbers):
         names, size = made_of(row, source, numbers)
-        for name in names:
+        for name in (published(shape.module, name) for name in names):
             specs[name] = TensorSpec(name, size, code)
     return _with_mxfp4(specs) if shape.module == "gpt_oss" and _is_mxfp4(config) else specs
 

@@ -69,6 +69,15 @@ def _canonical(module: str, name: str) -> str:
     return f"language_model.{name}" if bare or name == "lm_head.weight" else name
 
 
+def published(module: str, name: str) -> str:
+    """The way back: the name that today's checkpoints of the family have for what MLX calls `name`."""
+    if module not in _NESTED or module == "gemma3":
+        return name
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    return name.removeprefix("language_model.")
+
+
 def _twice(module: str, names: Iterable[str]) -> list[str]:
     seen = Counter(_canonical(module, name) for name in names)
     return [name for name, count in seen.items() if count > 1]
