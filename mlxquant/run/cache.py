@@ -8,20 +8,23 @@ and raises where a kind of cache does not work, so no list of model names is nee
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from mlxquant.errors import UsageError
-from mlxquant.fit.growth import Growth, pushes
-
-KV_BITS = (4, 8)
-KV_GROUP_SIZES = (32, 64, 128)
-# Tokens at the very beginning that a rotating cache never drops (attention sinks; Xiao et al. 2023): mlx-lm's
-# number.
-KEEP_TOKENS = 4
-MIN_KV_SIZE = 16
+from mlxquant.fit.cache import (
+    KEEP_TOKENS,
+    Cache,
+    Kind,
+    Layers,
+    check_settings,
+    fitting_group_size,
+    quantized_growth,
+)
+from mlxquant.fit.growth import Growth
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Slot:
     """One entry of the cache. kind: 'full', 'quantized', 'sliding' (the model's own window), 'rotating'
     (--max-kv-size), 'state' (of fixed size) or 'mixed'. group_size and bits belong to 'quantized'."""
 
-    kind: str
+    kind: Kind
     reason: str
     growths: tuple[Growth, ...]
     bits: int = 0
@@ -49,30 +52,31 @@ class CachePlan:
     make: Callable[[], list[Any]]
     notes: tuple[str, ...] = ()
 
+    @cached_property
+    def cost(self) -> Cache:
+        """What it costs, as the planner reckons it from a config (fit/cache.py)."""
+        alike = Counter((slot.kind, growth) for slot in self.slots for growth in slot.growths)
+        quantizable = any(slot.kind == "quantized" for slot in self.slots)
+        return Cache(
+            tuple(Layers(kind, count, growth) for (kind, growth), count in alike.items()), self.notes, quantizable
+        )
+
     def peak_bytes(self, prompt_tokens: int, new_tokens: int, prefill_step: int) -> int:
-        """The most that all layers hold during such a run."""
-        steps = list(pushes(prompt_tokens, new_tokens, prefill_step))
-        # Layers are alike in a few groups, and a long context is thousands of steps: reckon each kind once.
-        distinct: dict[Growth, int] = {}
-        for slot in self.slots:
-            for growth in slot.growths:
-                distinct[growth] = distinct.get(growth, 0) + 1
-        return sum(count * growth.peak_bytes(steps) for growth, count in distinct.items())
+        """The most that all layers hold at one moment of such a run."""
+        return self.cost.peak_bytes(prompt_tokens, new_tokens, prefill_step)
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(slot.bytes_per_token for slot in self.slots)
+        return self.cost.bytes_per_token
 
     def held_bytes(self, tokens: int) -> int:
         """What attention reads at a depth of `tokens`; a window reads no more than itself."""
-        growths = [growth for slot in self.slots for growth in slot.growths]
-        return sum(g.fixed_bytes + g.position_bytes * min(tokens, g.window or tokens) for g in growths)
+        return self.cost.read_bytes(tokens)
 
     @property
     def bounded(self) -> bool:
         """Whether the cache stops growing at some length."""
-        return all(growth.window is not None or not growth.position_bytes
-                   for slot in self.slots for growth in slot.growths)  # fmt: skip
+        return self.cost.bounded
 
     def table(self) -> list[tuple[str, str, str, int]]:
         """(layers, kind, reason, bytes per token of them all), one row for all layers that are alike."""
@@ -102,7 +106,7 @@ def plan_cache(
     kv_bits, kv_group_size: quantize keys and values of the layers that can be; the group is made smaller
     where the head width asks for it.
     """
-    _check(max_kv_size, kv_bits, kv_group_size)
+    check_settings(max_kv_size, kv_bits, kv_group_size)
     from mlx_lm.models.cache import make_prompt_cache
 
     traced = make_prompt_cache(model)
@@ -126,15 +130,6 @@ def trace(model: Any, cache: list[Any]) -> None:
 
     for count in (2, 1):
         model(mx.zeros((1, count), dtype=mx.int32), cache=cache)
-
-
-def _check(max_kv_size: int | None, kv_bits: int | None, kv_group_size: int) -> None:
-    if max_kv_size is not None and max_kv_size < MIN_KV_SIZE:
-        raise UsageError(f"a cache of {max_kv_size} positions is too short", hint=f"use {MIN_KV_SIZE} or more")
-    if kv_bits is not None and kv_bits not in KV_BITS:
-        raise UsageError(f"keys and values cannot be kept in {kv_bits} bits", hint="use --kv-bits 4 or 8")
-    if kv_group_size not in KV_GROUP_SIZES:
-        raise UsageError(f"{kv_group_size} is no group size for a cache", hint="use 32, 64 or 128")
 
 
 def _decide(entry: Any, max_kv_size: int | None, kv_bits: int | None, kv_group_size: int) -> Slot:
@@ -167,29 +162,27 @@ def _growths(entry: Any) -> list[Growth]:
         return [growth for inner in entry.caches for growth in _growths(inner)]
     keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
     if keys is not None and values is not None and hasattr(keys, "shape"):
-        position = (keys.nbytes // keys.shape[-2]) + (values.nbytes // values.shape[-2])
+        rows = [array.nbytes // array.shape[-2] for array in (keys, values)]
         if isinstance(entry, RotatingKVCache):
-            return [Growth(position, window=entry.max_size, keep=entry.keep)]
-        return [Growth(position)]
+            return [Growth(sum(rows), window=entry.max_size, keep=entry.keep, array_bytes=max(rows))]
+        return [Growth(sum(rows), array_bytes=max(rows))]
     if entry.empty():
         return []
-    return [Growth(fixed_bytes=entry.nbytes)]
+    states = [state.nbytes for state in getattr(entry, "cache", ()) if state is not None]
+    return [Growth(fixed_bytes=entry.nbytes, array_bytes=max(states, default=entry.nbytes))]
 
 
 def _quantized(entry: Any, growth: Growth, bits: int, asked: int) -> Slot:
     widths = (entry.keys.shape[-1], entry.values.shape[-1])
-    sizes = [size for size in sorted(KV_GROUP_SIZES, reverse=True) if size <= asked]
-    fitting = [size for size in sizes if not any(width % size for width in widths)]
-    if not fitting:
+    size = fitting_group_size(widths, asked)
+    if size is None:
         wide = " and ".join(str(width) for width in dict.fromkeys(widths))
         return Slot("full", f"{_dtype(entry)}: no group size divides the head width {wide}", (growth,))
-    size, heads, item = fitting[0], entry.keys.shape[1], entry.keys.dtype.size
-    # Codes, then a scale and a bias for each group, in the dtype of the keys.
-    position = sum(heads * (width * bits // 8 + 2 * (width // size) * item) for width in widths)
     reason = f"{bits} bit, group size {size}" + (
         f", as {asked} does not divide the head width" if size != asked else ""
     )
-    return Slot("quantized", reason, (Growth(position),), bits, size)
+    quantized = quantized_growth(entry.keys.shape[1], widths, bits, size, entry.keys.dtype.size)
+    return Slot("quantized", reason, (quantized,), bits, size)
 
 
 def _keep_what_works(model: Any, traced: list[Any], slots: Sequence[Slot]) -> list[Slot]:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.fit.growth import pushes
+from mlxquant.fit.growth import fed
 from mlxquant.run.cache import plan_cache
 from mlxquant.run.expand import expand_weights
 from mlxquant.run.generate import generate
@@ -73,8 +73,8 @@ def test_planned_caches_run_and_take_the_planned_bytes(family, options):
     plan = plan_cache(model, **options)
     cache = plan.make()
     assert len(list(generate(model, list(range(30)), cache, max_tokens=6, prefill_step=8))) == 6
-    fed = list(pushes(30, 5, 8))
-    assert [entry.nbytes for entry in cache] == [sum(g.final_bytes(fed) for g in s.growths) for s in plan.slots]
+    feed = fed(30, 5, 8)
+    assert [entry.nbytes for entry in cache] == [sum(g.final_bytes(feed) for g in s.growths) for s in plan.slots]
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_next"])
