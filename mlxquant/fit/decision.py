@@ -1,0 +1,127 @@
+"""Which level is good enough, small enough and fast enough: the decision that people are taught, on our own figures.
+
+Guides agree on the frame: take the largest level that fits with room to spare; 4 bits is the usual place, code and
+anything a program reads wants 5 or 6, Q3 is the last resort, a smaller model is better than Q2; from some 10 tokens a
+second on a reader is not kept waiting (spanvero.com/learn/which-quantization-should-i-use and
+/learn/usable-tokens-per-second, solar.codes/blog/choosing-quantized-models, craftrigs.pages.dev "GGUF quant by use
+case", mylocalai.org/blog/tokens-per-second-usable). The names of levels mean different things in different formats,
+so that here bounds are set on what was measured (fit/divergence.py) and not on names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mlxquant.fit.divergence import Divergence, divergence
+from mlxquant.fit.values import Level, Row
+
+Room = Literal["tight", "comfortable", "plenty", "none"]
+PAINFUL_TOK_S, READING_TOK_S = 5.0, 10.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bounds in nats of mean KL divergence. enough: below this more bits are not worth their bytes. good: speed is not
+    bought with more than this. worst: only where nothing better fits; what is beyond is never named. tok_s: how fast
+    decoding has to be.
+    """
+
+    name: str
+    enough: float
+    good: float
+    worst: float
+    tok_s: float
+
+
+# The bounds lie in gaps between levels that were measured on the 1.5B model (milli-nats): 8 bits 0.3 and 0.7; 6 bits
+# 3.8 and 6.5; 5 bits 13 and 24; GGUF's 4 bits 42 to 80, MLX's 95 and 111; Q3_K_M 152; MLX 3 bits 608, Q2_K 793.
+USES = {
+    use.name: use
+    for use in (
+        # Someone reads along: reading speed is wanted, 5 bits are enough, Q3_K_M is the last resort.
+        Use("chat", 0.025, 0.12, 0.2, READING_TOK_S),
+        # Read along, too, but long: what a wrong word begins goes on for pages, so 6 bits where they fit.
+        Use("writing", 0.007, 0.12, 0.2, READING_TOK_S),
+        # A wrong token breaks the program: 6 bits preferred, 5 the least by choice, never below 4. Waiting costs less.
+        Use("code", 0.007, 0.025, 0.12, PAINFUL_TOK_S),
+        # Read by a program, so that every digit counts: 8 bits preferred, 6 the least by choice, never below 4.
+        Use("extraction", 0.003, 0.007, 0.12, PAINFUL_TOK_S),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A level with what it costs. cost: None for a model that is stored so already and was not measured."""
+
+    row: Row
+    cost: Divergence | None
+
+
+def is_stored(level: Level) -> bool:
+    """A quantized model as it is: there is nothing to be made, and nothing else to be had without a second loss."""
+    return not level.options and level.name.upper() not in ("F32", "F16", "BF16")
+
+
+def chain_of(rows: Sequence[Row], use: Use) -> list[Choice]:
+    """Levels good enough for `use`, from small to large, each with less divergence than the one before: one that takes
+    no less memory than another and is no closer to the model has nothing to say for it.
+    """
+    stored = [row for row in rows if is_stored(row.level)]
+    if stored:
+        return [Choice(stored[0], divergence(stored[0].level))]
+    found: list[Choice] = []
+    priced = [(row, cost) for row in rows if (cost := divergence(row.level)) and cost.kl <= use.worst]
+    for row, cost in sorted(priced, key=lambda p: (p[0].need.total_bytes, p[1].kl)):
+        if not found or cost.kl < kl_of(found[-1]):
+            found.append(Choice(row, cost))
+    return found
+
+
+def decide(chain: Sequence[Choice], use: Use, context_tokens: int) -> int | None:
+    """The place in the chain of the level to take; None where none fits."""
+    if not chain:
+        return None
+    cap, floor = first_within(chain, use.enough), first_within(chain, use.good)
+    easy = [i for i in range(floor, cap + 1) if chain[i].row.verdict == "fits"]
+    fast = [i for i in easy if fast_enough(chain[i].row, use, context_tokens)]
+    if easy:
+        return max(fast) if fast else easy[0]
+    # Nothing that is good fits at ease: the smallest good one if it fits at all, else the best below it.
+    close = [i for i in range(cap + 1) if chain[i].row.verdict != "no"]
+    below = [i for i in close if i <= floor]
+    return max(below) if below else min(close, default=None)
+
+
+def first_within(chain: Sequence[Choice], kl: float) -> int:
+    """The smallest level of at most this divergence, else the best there is."""
+    return next((i for i, choice in enumerate(chain) if kl_of(choice) <= kl), len(chain) - 1)
+
+
+def room_of(chain: Sequence[Choice], at: int, use: Use) -> Room:
+    """What memory is for this model: plenty where the level that is enough fits, even if a faster one is taken."""
+    cap = chain[first_within(chain, use.enough)]
+    if cap.row.verdict == "fits" and kl_of(cap) <= use.enough:
+        return "plenty"
+    chosen = chain[at]
+    return "comfortable" if chosen.row.verdict == "fits" and kl_of(chosen) <= use.good else "tight"
+
+
+def fast_enough(row: Row, use: Use, context_tokens: int) -> bool:
+    """Also where no speed is known: then memory alone decides."""
+    rate = tok_s(row, context_tokens)
+    return rate is None or rate >= use.tok_s
+
+
+def tok_s(row: Row, context_tokens: int) -> float | None:
+    """The likely speed of decoding at the end of the context, where it is lowest."""
+    if row.speed is None:
+        return None
+    depths = [found for found in row.speed.decode if found[0] <= context_tokens] or [row.speed.decode[0]]
+    return depths[-1][1].likely
+
+
+def kl_of(choice: Choice) -> float:
+    return choice.cost.kl if choice.cost else 0.0
