@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from mlxquant.families.shape import ModelShape
 from mlxquant.fit.values import Level
+from mlxquant.plan.plan import Basis, lay_out
 from mlxquant.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from mlxquant.files.gguf_file import GGUFTensor
+    from mlxquant.plan.gguf_plan import GGUFBasis
 
 
 @dataclass(frozen=True)
 class Subject:
     """`specs`: of the float checkpoint, under Hugging Face's or MLX's names. `quantized`: those that have been rounded
-    before -> their format. `stored`: the level that a quantized model or file is at already.
+    before -> their format. `stored`: the level that a quantized model or a GGUF file is at already. `tokens`: entries
+    of the tokenizer, where it has been read: gemma3's GGUF embedding is cut to them. `gguf`: of a GGUF file, its
+    metadata with types and its tensors: from them convert makes another one.
     """
 
     name: str
@@ -22,8 +30,28 @@ class Subject:
     specs: Mapping[str, TensorSpec]
     quantized: Mapping[str, str] = field(default_factory=dict)
     stored: Level | None = None
+    tokens: int | None = None
+    gguf: tuple[Mapping[str, Any], Mapping[str, GGUFTensor]] | None = None
 
     @property
     def shape(self) -> ModelShape:
         """Raises SourceError and UnsupportedError, naming the key of config.json."""
         return ModelShape.from_config(self.config)
+
+    @cached_property
+    def basis(self) -> Basis:
+        """The model as mlx-lm lays it out. Raises SourceError and UnsupportedError."""
+        return lay_out(self.config, self.specs)
+
+    @cached_property
+    def gguf_basis(self) -> GGUFBasis:
+        """The model as llama.cpp lays it out. Raises SourceError and UnsupportedError."""
+        from mlxquant.plan.gguf_plan import lay_out_checkpoint
+
+        return lay_out_checkpoint(self.config, self.specs, self.tokens)
+
+    @property
+    def published_mxfp4(self) -> bool:
+        """gpt-oss as OpenAI published it: experts quantized, and read so by mlx-lm and llama.cpp."""
+        scheme = self.config.get("quantization_config")
+        return isinstance(scheme, dict) and scheme.get("quant_method") == "mxfp4"
