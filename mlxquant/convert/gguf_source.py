@@ -31,14 +31,14 @@ class Blocks:
     """The file's own tensors, decoded to float32: the Source that a GGUF file's layout is carried out on."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file = file
+        self.file = file
         self.path = file.path
         self.config: dict[str, Any] = {}
         self.specs: Mapping[str, TensorSpec] = {n: TensorSpec(n, t.shape, "F32") for n, t in file.tensors.items()}
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
-        tensor = self._file.tensors[name]
-        return decode_rows(self._file.read_rows(name, start, stop), tensor.type_name, tensor.shape[-1])
+        tensor = self.file.tensors[name]
+        return decode_rows(self.file.read_rows(name, start, stop), tensor.type_name, tensor.shape[-1])
 
 
 class RawBlocks(Blocks):
@@ -49,7 +49,7 @@ class RawBlocks(Blocks):
         self.specs = {n: TensorSpec(n, (*t.shape[:-1], t.row_bytes), "U8") for n, t in file.tensors.items()}
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
-        return self._file.read_rows(name, start, stop)
+        return self.file.read_rows(name, start, stop)
 
 
 class GGUFSource:
@@ -60,12 +60,12 @@ class GGUFSource:
 
     def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
         self.path = path
-        self._file = GGUFFile(path)
-        self.weight_files: tuple[Path, ...] = self._file.parts
-        shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        self._blocks, self._raw = Blocks(self._file), RawBlocks(self._file)
-        self._targets = hf_tensors(self._file.metadata, shapes)
-        self.config: dict[str, Any] = hf_config(self._file.metadata, shapes, *self._rope())
+        self.file = GGUFFile(path)
+        self.weight_files: tuple[Path, ...] = self.file.parts
+        shapes = {name: tensor.shape for name, tensor in self.file.tensors.items()}
+        self._blocks, self._raw = Blocks(self.file), RawBlocks(self.file)
+        self._targets = hf_tensors(self.file.metadata, shapes)
+        self.config: dict[str, Any] = hf_config(self.file.metadata, shapes, *self._rope())
         self.config["torch_dtype"] = DTYPE
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, target.shape, target.dtype) for name, target in self._targets.items()
@@ -73,21 +73,21 @@ class GGUFSource:
         self.quantized: Mapping[str, str] = {
             name: type_name
             for name, target in self._targets.items()
-            if (type_name := self._file.tensors[target.pieces[0].source].type_name) not in FLOATS
+            if (type_name := self.file.tensors[target.pieces[0].source].type_name) not in FLOATS
         }
-        types = sorted({tensor.type_name for tensor in self._file.tensors.values()})
+        types = sorted({tensor.type_name for tensor in self.file.tensors.values()})
         self.origin = {"format": "gguf", "types": types, **(origin or {"name": path.name})} | header_hash(self.specs)
 
     @property
     def front_bytes(self) -> int:
         """How much of the file config and specs were read from: up to the first tensor, or the end of rope factors."""
-        tensors = self._file.tensors
+        tensors = self.file.tensors
         factors = [tensors[name].offset + tensors[name].nbytes for name in ROPE_TENSORS if name in tensors]
         return max(factors, default=min(tensor.offset for tensor in tensors.values()))
 
     def _rope(self) -> tuple[list[float] | None, tuple[list[float], list[float]] | None]:
         """Llama 3's rope factors and Phi-3's, long and short: tensors here, entries of config.json there."""
-        names = [name for name in ROPE_TENSORS if name in self._file.tensors]
+        names = [name for name in ROPE_TENSORS if name in self.file.tensors]
         found = {name: [float(x) for x in self._blocks.read_rows(name, 0, 1)[0]] for name in names}
         freqs, long, short = (found.get(name) for name in ROPE_TENSORS)
         return freqs, None if long is None or short is None else (long, short)
@@ -101,7 +101,7 @@ class GGUFSource:
 
         Raises UnsupportedError for a tensor that is not made of whole rows of the file's.
         """
-        target, tensor = self._targets[name], self._file.tensors[self._targets[name].pieces[0].source]
+        target, tensor = self._targets[name], self.file.tensors[self._targets[name].pieces[0].source]
         if target.change not in ("none", "halves"):
             raise UnsupportedError(f"{name}: its blocks cannot be taken over", hint=f"use --set '{name}=keep'")
         raw = replace(target, shape=(*target.shape[:-1], tensor.row_bytes), dtype="U8")
@@ -110,4 +110,4 @@ class GGUFSource:
     def sidecars(self) -> dict[str, bytes]:
         from mlxquant.families.gguf_tokenizer import tokenizer_files
 
-        return tokenizer_files(self._file.metadata)
+        return tokenizer_files(self.file.metadata)
