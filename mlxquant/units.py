@@ -12,13 +12,16 @@ from mlxquant.errors import UsageError
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 2**40}  # fmt: skip
+_RAM_UNITS = {"": GIB, "G": GIB, "GB": GIB, "GIB": GIB, "MB": MIB, "MIB": MIB, "TB": 2**40, "TIB": 2**40}
+_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_MOST = 1e18  # of any unit; so no product overflows
 
 
 def _split(text: str, what: str, example: str) -> tuple[float, str]:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if not match:
-        raise UsageError(f"{text!r} is not {what}", hint=f"write it like {example}")
+    if not match or float(match[1]) > _MOST:
+        raise UsageError(f"{text[:80]!r} is not {what}", hint=f"write it like {example}")
     return float(match[1]), match[2].upper()
 
 
@@ -30,12 +33,29 @@ def parse_bytes(text: str) -> int:
     return round(value * _BYTE_UNITS[unit])
 
 
+def parse_ram(text: str) -> int:
+    """RAM as Apple prints it: '8GB', '8 GiB', '8g' and '8' are all 8 GiB. Bytes. Raises UsageError."""
+    value, unit = _split(text, "an amount of RAM", "16GB")
+    if unit not in _RAM_UNITS:
+        raise UsageError(f"{text!r} has the unknown unit {unit!r}", hint="write it like 16GB")
+    return round(value * _RAM_UNITS[unit])
+
+
 def parse_tokens(text: str) -> int:
     """'4096', '8k' (8 * 1024) or '1M' -> tokens. Raises UsageError."""
     value, unit = _split(text, "a number of tokens", "4096 or 8k")
     if unit not in _TOKEN_UNITS:
         raise UsageError(f"{text!r} has the unknown unit {unit!r}", hint="write it like 4096 or 8k")
     return round(value * _TOKEN_UNITS[unit])
+
+
+def parse_count(text: str) -> int:
+    """'7B', '135M', '1.5b' or a plain number of parameters -> parameters. Raises UsageError."""
+    value, unit = _split(text, "a number of parameters", "7B or 135M")
+    if unit not in _COUNT_UNITS or not value:
+        found = f"the unknown unit {unit!r}" if value else "no parameters"
+        raise UsageError(f"{text!r} has {found}", hint="write it like 7B or 135M")
+    return round(value * _COUNT_UNITS[unit])
 
 
 def format_bytes(count: float) -> str:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mlxquant"
 FLOORS = [
     {"errors"},
-    {"tensors", "units", "machine"},
+    {"tensors", "units", "macs", "machine"},
     {"codecs", "files", "families", "hub"},
     {"plan"},
     {"fit"},

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from mlxquant.errors import UsageError
-from mlxquant.units import format_bytes, format_count, format_duration, format_rate, parse_bytes, parse_tokens
+from mlxquant.units import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_rate,
+    parse_bytes,
+    parse_ram,
+    parse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,18 +24,29 @@ def test_bytes(text, value):
     assert parse_bytes(text) == value
 
 
+@pytest.mark.parametrize("text", ["8GB", "8 GiB", "8g", "8", "8192MB"])
+def test_ram_is_as_apple_prints_it(text):
+    assert parse_ram(text) == 8 * 2**30
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-8GB", "8XB", "8kB", "9" * 400])
+def test_what_is_no_amount_of_ram(text):
+    with pytest.raises(UsageError):
+        parse_ram(text)
+
+
 @pytest.mark.parametrize(("text", "value"), [("4096", 4096), ("8k", 8192), ("1M", 2**20), ("0.5k", 512)])
 def test_tokens(text, value):
     assert parse_tokens(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 XB", "1e9", "5GB6", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 XB", "1e9", "5GB6", "nan", "9" * 400, "1" + "0" * 300 + "TB"])
 def test_what_is_no_number_of_bytes(text):
     with pytest.raises(UsageError):
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["", "8kb", "-1", "many"])
+@pytest.mark.parametrize("text", ["", "8kb", "-1", "many", "9" * 400])
 def test_what_is_no_number_of_tokens(text):
     with pytest.raises(UsageError):
         parse_tokens(text)
