@@ -360,5 +360,5 @@ FAMILIES = {
     **NESTED,
 }
 # Families whose embedding is always the output head, or never.
-ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "cohere", "cohere2")
+ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "gemma4", "gemma4_text", "cohere", "cohere2")
 NEVER_TIED = ("phi", "stablelm", "glm4", "gpt_oss", "deepseek_v2", "deepseek_v3", "nemotron_h", "qwen2_moe")

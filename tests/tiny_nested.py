@@ -3,7 +3,7 @@ under text_config. Of the towers each has a tensor or two: they only have to be 
 
 from __future__ import annotations
 
-from tests.tiny_parts import EXPERTS, HEAD_DIM, PER_TOKEN, PRE, VOCAB, Tiny, weight
+from tests.tiny_parts import AROUND_FFN, EXPERTS, HEAD_DIM, HEADS, KV, PER_TOKEN, PRE, VOCAB, Tiny, weight
 
 
 def nest(m, model_type, architecture, other, **text):
@@ -71,7 +71,77 @@ def qwen3_5(model_type, architecture, experts=False, key=16):
     return build
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+GLOBAL_DIM = 64
+
+
+def gemma4_text(rng, width, layers, experts=False, shared=0):
+    """E2B and E4B: rows for each layer in a second embedding, the last layers without keys and values of their own and
+    twice as wide. 26B and 31B: global layers without v_proj; the first of them experts beside the feed-forward part."""
+    m = Tiny(rng, width, layers, True, "gemma4_text", "Gemma4ForCausalLM")
+    m.root()
+    per_layer, kinds = 0 if experts else 64, [FULL if i % 2 else SLIDING for i in range(layers)]
+    for i, kind in enumerate(kinds):
+        p, last = f"model.layers.{i}.", i >= layers - shared
+        head_dim = GLOBAL_DIM if kind == FULL else HEAD_DIM
+        kv = 1 if kind == FULL and experts else KV
+        m.linear(f"{p}self_attn.q_proj", HEADS * head_dim, width)
+        # As published, also where they are not used.
+        m.linear(f"{p}self_attn.k_proj", kv * head_dim, width)
+        if not (kind == FULL and experts):
+            m.linear(f"{p}self_attn.v_proj", kv * head_dim, width)
+        m.linear(f"{p}self_attn.o_proj", width, HEADS * head_dim)
+        m.norms(f"{p}self_attn.", "q_norm", "k_norm", size=head_dim)
+        m.mlp(f"{p}mlp.", m.ffn * (2 if last else 1))
+        m.norms(p, *PRE, *AROUND_FFN)
+        m.t[f"{p}layer_scalar"] = weight(rng, 1)
+        if experts:
+            m.linear(f"{p}router.proj", EXPERTS, width)
+            m.t[f"{p}router.scale"], m.t[f"{p}router.per_expert_scale"] = weight(rng, width), weight(rng, EXPERTS)
+            m.t[f"{p}experts.gate_up_proj"] = weight(rng, EXPERTS, 2 * 64, width)
+            m.t[f"{p}experts.down_proj"] = weight(rng, EXPERTS, width, 64)
+            m.norms(p, f"{AROUND_FFN[0]}_2", f"{AROUND_FFN[1]}_1", f"{AROUND_FFN[1]}_2")
+        else:
+            m.linear(f"{p}per_layer_input_gate", per_layer, width)
+            m.linear(f"{p}per_layer_projection", width, per_layer)
+            m.norms(p, "post_per_layer_input_norm")
+    if per_layer:
+        m.t["model.embed_tokens_per_layer.weight"] = weight(rng, VOCAB, layers * per_layer)
+        m.linear("model.per_layer_model_projection", layers * per_layer, width)
+        m.norms("model.", "per_layer_projection_norm", size=per_layer)
+    m.config |= dict(
+        rope_theta=None, layer_types=kinds, global_head_dim=GLOBAL_DIM, num_kv_shared_layers=shared, sliding_window=64,
+        hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCAB, use_double_wide_mlp=shared > 0,
+        attention_k_eq_v=experts, num_global_key_value_heads=1 if experts else None, enable_moe_block=experts,
+        num_experts=EXPERTS if experts else None, top_k_experts=PER_TOKEN if experts else None,
+        moe_intermediate_size=64 if experts else None, final_logit_softcapping=30.0,
+    )  # fmt: skip
+    return m
+
+
+def gemma4_sparse(rng, width, layers, tied):
+    return gemma4_text(rng, width, layers, experts=True).done()
+
+
+def gemma4(rng, width, layers, tied):
+    """Four layers at least, so that the last two can share."""
+    m = gemma4_text(rng, width, max(layers, 4), shared=2)
+    m.config["num_hidden_layers"] = max(layers, 4)
+    other = {
+        "model.vision_tower.patch_embedder.input_proj.weight": weight(rng, 8, 48),
+        "model.vision_tower.encoder.layers.0.self_attn.k_proj.linear.weight": weight(rng, 8, 8),
+        "model.vision_tower.encoder.layers.0.self_attn.k_proj.input_max": weight(rng, 1),
+        "model.embed_vision.embedding_projection.weight": weight(rng, width, 8),
+        "model.audio_tower.layers.0.norm_out.weight": weight(rng, 8),
+        "model.embed_audio.embedding_projection.weight": weight(rng, width, 8),
+    }
+    config, tensors = nest(m, "gemma4", "Gemma4ForConditionalGeneration", other)
+    return config | {"audio_config": {"hidden_size": 8}}, tensors
+
+
 NESTED = {
     "qwen3_5": qwen3_5("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": qwen3_5("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", experts=True),
+    "gemma4": gemma4,
+    "gemma4_text": gemma4_sparse,
 }

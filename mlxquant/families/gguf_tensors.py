@@ -26,7 +26,8 @@ from mlxquant.families.gguf_table import (
 )
 from mlxquant.families.layout import Change, Layout, Piece, Target
 from mlxquant.families.mlx_layout import layout
-from mlxquant.families.mlx_modules import FAMILIES, Row, sizes
+from mlxquant.families.mlx_modules import FAMILIES, sizes
+from mlxquant.families.mlx_rows import Row
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import TensorSpec
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # model_type -> mlx-lm's module, where they differ.
-REMAPPING = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama", "kimi_k2": "deepseek_v3"}
+REMAPPING = {"mistral": "llama", "iquestcoder": "llama", "xverse": "llama", "kimi_k2": "deepseek_v3",
+             "gemma4_unified": "gemma4"}  # fmt: skip
 
 # derived  always hidden_size // num_attention_heads, whatever the config says
 # either   config's head_dim where it is set, else derived
@@ -61,6 +62,15 @@ _QWEN3_5: dict[str, int | bool | None] = {
     "full_attention_interval": 4, "num_experts": 0, "num_experts_per_tok": 0,
     "shared_expert_intermediate_size": 0, "moe_intermediate_size": 0,
 }  # fmt: skip
+_GEMMA4: dict[str, int | bool | None] = {
+    "hidden_size": 1536, "num_hidden_layers": 35, "intermediate_size": 6144, "num_attention_heads": 8,
+    "head_dim": 256, "global_head_dim": 512, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+    "num_key_value_heads": 1, "num_global_key_value_heads": None, "num_kv_shared_layers": 20,
+    "hidden_size_per_layer_input": 256, "sliding_window": 512, "sliding_window_pattern": 5,
+    "max_position_embeddings": 131072, "attention_k_eq_v": False, "use_double_wide_mlp": True,
+    "enable_moe_block": False, "num_experts": None, "top_k_experts": None, "moe_intermediate_size": None,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 
@@ -102,6 +112,9 @@ FACTS: dict[str, Facts] = {
         "head_dim": 256, "vocab_size": 262208, "num_key_value_heads": 4, "sliding_window": 512,
         "sliding_window_pattern": 6, "max_position_embeddings": 32768,
     }),
+    # gemma4 is gemma4_text under `language_model.`; its vocab_size counts, not text_config's.
+    "gemma4_text": Facts("own", "config", (), _GEMMA4),
+    "gemma4": Facts("own", "config", (), _GEMMA4),
     "phi3": Facts("derived", "config", ("rms_norm_eps",), _UNTIED | {"max_position_embeddings": 131072}),
     "phi": Facts("derived", "never", (), {
         "max_position_embeddings": 2048, "vocab_size": 51200, "hidden_size": 2560, "num_attention_heads": 32,

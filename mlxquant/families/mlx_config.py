@@ -8,22 +8,24 @@ from typing import Any
 from mlxquant.errors import SourceError
 
 # Families whose text_config alone is asked whether embeddings are tied.
-_TIED_INSIDE = ("qwen3_5", "qwen3_5_moe")
+_TIED_INSIDE = ("qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_unified")
+# Families whose vocabulary is as large as the root says.
+_VOCABULARY_OUTSIDE = ("gemma3", "gemma4", "gemma4_unified")
 
 
 def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same config with what stock mlx-lm would miss written where it looks; keys that are there are kept.
 
     transformers >= 5 writes rope_parameters = {rope_theta, rope_type, ...}, which most families of mlx-lm do
-    not read: a llama would run with rope_theta 10000 without a word, a qwen3_moe would not load. gemma3 takes
-    its vocabulary from the root only. Raises SourceError for a text_config that is no object.
+    not read: a llama would run with rope_theta 10000 without a word, a qwen3_moe would not load. gemma3 and
+    gemma4 take their vocabulary from the root only. Raises SourceError for a text_config that is no object.
     """
     made = _flat_rope(config.get("rope_parameters")) | dict(config)
     if (inner := _inner(config)) is not None:
         made["text_config"] = _flat_rope(inner.get("rope_parameters")) | dict(inner)
         if config.get("model_type") in _TIED_INSIDE and "tie_word_embeddings" in config:
             made["text_config"].setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-        if config.get("model_type") == "gemma3" and "vocab_size" in inner:
+        if config.get("model_type") in _VOCABULARY_OUTSIDE and "vocab_size" in inner:
             made.setdefault("vocab_size", inner["vocab_size"])
     return made
 
@@ -32,7 +34,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """mlx_config with text_config merged over the root: one flat mapping, whatever the source nests."""
     made = mlx_config(config)
     merged = made | dict(_inner(made) or {})
-    first = ("model_type", "vocab_size") if made.get("model_type") == "gemma3" else ("model_type",)
+    first = ("model_type", "vocab_size") if made.get("model_type") in _VOCABULARY_OUTSIDE else ("model_type",)
     return merged | {key: made[key] for key in first if key in made}
 
 

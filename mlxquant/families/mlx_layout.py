@@ -18,8 +18,9 @@ from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.known import FACTS
 from mlxquant.families.layout import Change, Layout, Piece, Target
 from mlxquant.families.mlx_config import text_config
-from mlxquant.families.mlx_modules import FAMILIES, Family, How, Row, dimensions, made_of, model_flags, sizes
+from mlxquant.families.mlx_modules import FAMILIES, dimensions, layer_flags, made_of, model_flags, sizes
 from mlxquant.families.mlx_quant import mlx_lm_codec
+from mlxquant.families.mlx_rows import Family, How, Row
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import TensorSpec
 
@@ -28,7 +29,7 @@ __all__ = ["layout", "mlx_lm_codec"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES: dict[How, Change] = {"add_one": "add_one", "mla_q": "mla_embed_q", "mla_v": "mla_unembed"}
 # Families whose text model lies under language_model in MLX; those whose checkpoints may be for text alone.
-_NESTED = ("gemma3", "qwen3_5", "qwen3_5_moe")
+_NESTED = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
 _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
 _COMMON_DROPS = ((r".*rotary_emb\.inv_freq", "computed at load time, not learned"),)
 _NAMED = 8  # names in one message
@@ -229,6 +230,9 @@ class _Build:
                 return why
         if name.removeprefix("language_model.") == "lm_head.weight" and "head" not in self.flags:
             return "tied: the embedding is the output head"
+        shares = re.match(r".*\.layers\.(\d{1,9})\.self_attn\.[kv]_(proj|norm)\.", name)
+        if shares and int(shares[1]) >= self.shape.layers - self.shape.shared_kv_layers:
+            return "not used: the layer shares the keys and values of an earlier one"
         more = config.get("num_nextn_predict_layers")
         if self.shape.module == "deepseek_v3" and type(more) is int:
             index = re.match(r"model\.layers\.(\d{1,9})\.", name)
@@ -254,8 +258,8 @@ def expected(shape: ModelShape, flags: set[str], dims: Mapping[str, int]) -> Ite
     family = FAMILIES[shape.module]
     root = [row for row in family.root if set(row.when.split()) <= flags]
     yield root[0], root[0].name, root[0].name
-    for index, kinds in enumerate(zip(shape.mixers, shape.ffns, strict=True)):
-        here = flags | set(kinds)
+    for index in range(shape.layers):
+        here = flags | layer_flags(shape, index)
         for row in family.layer:
             if set(row.when.split()) <= here:
                 for one in _repeated(row, dims):

@@ -20,6 +20,7 @@ from mlxquant.families.shape import ModelShape
 
 class Role(StrEnum):
     EMBEDDING = "embedding"
+    LAYER_EMBEDDING = "layer_embedding"  # a second table of rows by token, for all layers side by side
     HEAD = "head"
     NORM = "norm"
     BIAS = "bias"
@@ -106,6 +107,7 @@ class _Neighbours:
     recurrent: frozenset[tuple[str, ...]]
     latent: frozenset[tuple[str, ...]]
     moe: frozenset[tuple[str, ...]]
+    routers: frozenset[tuple[str, ...]]
 
     @classmethod
     def of(cls, targets: tuple[Target, ...], shape: ModelShape) -> _Neighbours:
@@ -120,13 +122,15 @@ class _Neighbours:
                     latent.add(module)
             elif len(target.shape) == 1 and _leaf(target.name) != "bias":
                 vectors[module][target.shape[0]] += 1  # A_log, D, dt_bias: one number per head
+        # gemma4 keeps its router beside the experts' module, with one number per expert.
+        routers = {module for module, lengths in vectors.items() if shape.experts in lengths}
         recurrent |= {module for module, lengths in vectors.items() if max(lengths.values()) > 1}
         for target in targets:
             module, _ = _parts(target.name)
             if _is_stack(target, shape) and module not in latent:
                 moe.add(module[:-1])
         inside = frozenset(m for m in recurrent if m and not m[-1].isdigit())
-        return cls(inside, frozenset(latent), frozenset(moe))
+        return cls(inside, frozenset(latent), frozenset(moe), frozenset(routers))
 
 
 def _is_conv(target: Target) -> bool:
@@ -141,6 +145,9 @@ def _is_stack(target: Target, shape: ModelShape) -> bool:
 def _root_role(target: Target, shape: ModelShape, taken: bool) -> Role:
     """Outside the layers: the vocabulary's matrices, norms, biases."""
     name = target.name.lower()
+    table = (shape.per_layer_vocab_size, shape.layers * shape.per_layer_size)
+    if target.shape == table and "layer" in name:
+        return Role.LAYER_EMBEDDING
     if target.shape == (shape.vocab_size, shape.hidden_size):
         if "embed" in name or "wte" in name:
             return Role.EMBEDDING
@@ -165,6 +172,8 @@ def _layer_role(target: Target, shape: ModelShape, around: _Neighbours) -> Role:
         return _vector_role(target)
     if module in around.latent and _is_latent(target, shape):
         return Role.MLA_LATENT
+    if module in around.routers and target.shape == (shape.experts, shape.hidden_size):
+        return Role.ROUTER
     if _below(module, around.moe):
         return _moe_role(target, shape)
     return _dense_role(target, shape)

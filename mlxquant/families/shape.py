@@ -21,6 +21,8 @@ Ffn = Literal["dense", "moe", "none"]
 # Gated delta nets beside every few layers of attention.
 _DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
+_GEMMA4 = ("gemma4", "gemma4_text")
+
 # Far above any model, far below what would make a plan take minutes.
 _MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
 
@@ -46,7 +48,10 @@ class ModelShape:
     modalities: "text", and "vision" or "audio" where the config describes parts that are not converted.
     Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is
     their state. global_head_dim, global_kv_heads: of full layers where they differ from those of sliding ones (gemma4).
-    shared_kv_layers: so many last layers read the keys and values of an earlier layer of their kind.
+    shared_kv_layers: so many last layers read the keys and values of the last layer of their kind before them; with
+    wide_shared_ffn their feed-forward part is twice as wide. keys_are_values: full layers have no v_proj, though their
+    caches hold both. per_layer_size: columns that a token's row in a second embedding, of per_layer_vocab_size rows,
+    has for each layer.
     """
 
     model_type: str
@@ -81,6 +86,10 @@ class ModelShape:
     global_head_dim: int = 0
     global_kv_heads: int = 0
     shared_kv_layers: int = 0
+    keys_are_values: bool = False
+    wide_shared_ffn: bool = False
+    per_layer_size: int = 0
+    per_layer_vocab_size: int = 0
     modalities: tuple[str, ...] = ("text",)
 
     @classmethod
@@ -110,12 +119,13 @@ class ModelShape:
             ffns=tuple(ffn for _, ffn in pairs),
             sliding_window=reader.optional("sliding_window") if any(m == "sliding" for m, _ in pairs) else None,
             experts=experts,
-            experts_per_token=(reader.optional("num_experts_per_tok") or 0) if experts else 0,
+            experts_per_token=_experts_per_token(reader) if experts else 0,
             moe_intermediate_size=_moe_width(reader) if experts else 0,
             shared_intermediate_size=_shared_width(reader) if experts else 0,
             moe_latent_size=(reader.optional("moe_latent_size") or 0) if module == "nemotron_h" else 0,
             modalities=_modalities(config),
             **_latents(reader),
+            **_gemma4(reader, len(pairs)),
             **_recurrent(reader),
         )
 
@@ -202,10 +212,16 @@ def _tied(reader: _Reader) -> bool:
 
 
 def _experts(reader: _Reader) -> int:
+    if reader.module in _GEMMA4 and not reader.flag("enable_moe_block"):
+        return 0
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if reader.raw(key) is not None:
             return reader.integer(key, low=0, high=_MAX_EXPERTS)
     return 0
+
+
+def _experts_per_token(reader: _Reader) -> int:
+    return reader.optional("top_k_experts" if reader.module in _GEMMA4 else "num_experts_per_tok") or 0
 
 
 def _moe_width(reader: _Reader) -> int:
@@ -214,6 +230,7 @@ def _moe_width(reader: _Reader) -> int:
         "qwen2_moe",
         "qwen3_moe",
         *_DELTA_NETS,
+        *_GEMMA4,
         "deepseek_v2",
         "deepseek_v3",
         "nemotron_h",
@@ -230,14 +247,31 @@ def _shared_width(reader: _Reader) -> int:
     return reader.integer("moe_intermediate_size") * shared if shared else 0
 
 
-def _latents(reader: _Reader) -> dict[str, int]:
+def _latents(reader: _Reader) -> dict[str, Any]:
     if not reader.module.startswith("deepseek"):
         return {}
     keys = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     return {key: reader.integer(key) for key in keys} | {"q_lora_rank": reader.optional("q_lora_rank") or 0}
 
 
-def _recurrent(reader: _Reader) -> dict[str, int]:
+def _gemma4(reader: _Reader, layers: int) -> dict[str, Any]:
+    if reader.module not in _GEMMA4:
+        return {}
+    same = reader.flag("attention_k_eq_v")
+    per_layer = reader.optional("hidden_size_per_layer_input", low=0) or 0
+    return {
+        "global_head_dim": reader.optional("global_head_dim", low=0) or reader.integer("head_dim"),
+        "global_kv_heads": (reader.optional("num_global_key_value_heads") if same else None)
+        or reader.integer("num_key_value_heads"),
+        "shared_kv_layers": reader.integer("num_kv_shared_layers", low=0, high=layers - 1),
+        "keys_are_values": same,
+        "wide_shared_ffn": reader.flag("use_double_wide_mlp"),
+        "per_layer_size": per_layer,
+        "per_layer_vocab_size": reader.integer("vocab_size_per_layer_input") if per_layer else 0,
+    }
+
+
+def _recurrent(reader: _Reader) -> dict[str, Any]:
     if reader.module in _DELTA_NETS:
         key, value = reader.integer("linear_key_head_dim"), reader.integer("linear_value_head_dim")
         key_heads, heads = reader.integer("linear_num_key_heads"), reader.integer("linear_num_value_heads")
@@ -288,7 +322,10 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     if module in ("gemma3", "gemma3_text", "cohere2"):
         every = reader.integer("sliding_window_pattern")
         return ["sliding" if (i + 1) % every else "full" for i in range(count)]
-    if module not in ("llama", "smollm3", "gpt_oss"):
+    if module in _GEMMA4 and reader.raw("layer_types") is None:
+        every = reader.integer("sliding_window_pattern")
+        return ["full" if i % every == every - 1 else "sliding" for i in range(count)]
+    if module not in ("llama", "smollm3", "gpt_oss", *_GEMMA4):
         return ["full"] * count
     types = reader.sequence("layer_types", str, count)
     if types is None:  # gpt_oss alternates, starting with a window

@@ -39,7 +39,7 @@ def mlx_shares(basis: Basis) -> dict[str, Share]:
     for target in basis.layout.targets:
         if _module(target.name) in stacks:
             found[target.name] = experts
-        elif roles[target.name] is Role.EMBEDDING and not tied:
+        elif roles[target.name] is Role.LAYER_EMBEDDING or (roles[target.name] is Role.EMBEDDING and not tied):
             found[target.name] = Share(1, target.shape[0])
         else:
             found[target.name] = ALL

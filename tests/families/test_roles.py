@@ -16,9 +16,11 @@ from tests.families import checkpoints
 
 # What each name of a family means, written down by hand; the last match counts.
 EXPECTED = [
+    (r"embed_tokens_per_layer\.weight$", Role.LAYER_EMBEDDING),
+    (r"per_layer_(input_gate|projection|model_projection)\.weight$", Role.OTHER),
     (r"embed(_tokens|dings)\.weight$", Role.EMBEDDING),
     (r"lm_head\.weight$", Role.HEAD),
-    (r"(norm|norm_f|layernorm|norms\.\d)\.weight$", Role.NORM),
+    (r"(norm|norm_f|layernorm|layernorm_\d|norms\.\d)\.weight$", Role.NORM),
     (r"\.q_proj\.weight$", Role.ATTN_Q),
     (r"\.k_proj\.weight$", Role.ATTN_K),
     (r"\.v_proj\.weight$", Role.ATTN_V),
@@ -28,17 +30,17 @@ EXPECTED = [
     (r"\.(up_proj|fc1|c_fc)\.weight$", Role.FFN_UP),
     (r"\.(down_proj|fc2|c_proj)\.weight$", Role.FFN_DOWN),
     (r"\.gate_up_proj\.weight$", Role.FFN_GATE_UP),
-    (r"\.(switch_mlp|experts)\.gate_proj\.weight$", Role.EXPERT_GATE),
-    (r"\.(switch_mlp|experts)\.(up_proj|fc1)\.weight$", Role.EXPERT_UP),
-    (r"\.(switch_mlp|experts)\.(down_proj|fc2)\.weight$", Role.EXPERT_DOWN),
-    (r"\.(gate|router|router\.layer)\.weight$", Role.ROUTER),
+    (r"\.(switch_mlp|switch_glu|experts)\.gate_proj\.weight$", Role.EXPERT_GATE),
+    (r"\.(switch_mlp|switch_glu|experts)\.(up_proj|fc1)\.weight$", Role.EXPERT_UP),
+    (r"\.(switch_mlp|switch_glu|experts)\.(down_proj|fc2)\.weight$", Role.EXPERT_DOWN),
+    (r"\.(gate|router|router\.layer|router\.proj)\.weight$", Role.ROUTER),
     (r"\.shared_expert_gate\.weight$", Role.SHARED_GATE),
     (r"\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|embed_q|unembed_out)\.weight$", Role.MLA_LATENT),
     (r"\.(in_proj|out_proj|in_proj_qkvz|in_proj_ba|in_proj_qkv|in_proj_[zab])\.weight$", Role.SSM),
     (r"\.(A_log|D|dt_bias)$", Role.SSM),
     (r"\.conv1d\.weight$", Role.CONV),
     (r"\.(bias|e_score_correction_bias)$", Role.BIAS),
-    (r"\.sinks$", Role.OTHER),
+    (r"\.(sinks|scale|per_expert_scale|layer_scalar)$", Role.OTHER),
 ]
 
 
@@ -73,6 +75,7 @@ WORDS = {
                    "gate", "shared_expert_gate"),
     "qwen3_5_moe": ("linear_attn", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv1d", "A_log", "out_proj",
                     "gate", "shared_expert_gate"),
+    "gemma4_text": ("router", "proj", "experts", "switch_glu", "per_expert_scale"),
     "mamba2": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "D", "dt_bias"),
     "nemotron_h": ("mixer", "in_proj", "out_proj", "conv1d", "A_log", "gate"),
 }  # fmt: skip
