@@ -5,7 +5,6 @@ And the words in which people name a Mac. The file is read when first asked for,
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -173,6 +172,8 @@ def chip_name(text: str) -> str:
     names = {name.replace(" ", "").lower(): name for name in dict.fromkeys(row.name for row in chips())}
     if wanted in names:
         return names[wanted]
+    import difflib
+
     same_generation = [key for key in names if wanted.startswith(re.split(r"pro|max|ultra", key)[0])]
     near = [*same_generation, *difflib.get_close_matches(wanted[:40], names, 3)]
     known = [names[key] for key in dict.fromkeys([*near, *names])]
