@@ -109,13 +109,15 @@ def gemma4_text(rng, width, layers, experts=False, shared=0):
         m.t["model.embed_tokens_per_layer.weight"] = weight(rng, VOCAB, layers * per_layer)
         m.linear("model.per_layer_model_projection", layers * per_layer, width)
         m.norms("model.", "per_layer_projection_norm", size=per_layer)
-    m.config |= dict(
-        rope_theta=None, layer_types=kinds, global_head_dim=GLOBAL_DIM, num_kv_shared_layers=shared, sliding_window=64,
-        hidden_size_per_layer_input=per_layer, vocab_size_per_layer_input=VOCAB, use_double_wide_mlp=shared > 0,
-        attention_k_eq_v=experts, num_global_key_value_heads=1 if experts else None, enable_moe_block=experts,
-        num_experts=EXPERTS if experts else None, top_k_experts=PER_TOKEN if experts else None,
-        moe_intermediate_size=64 if experts else None, final_logit_softcapping=30.0,
-    )  # fmt: skip
+    m.config |= {
+        "rope_theta": None, "layer_types": kinds, "global_head_dim": GLOBAL_DIM, "num_kv_shared_layers": shared,
+        "sliding_window": 64, "hidden_size_per_layer_input": per_layer, "vocab_size_per_layer_input": VOCAB,
+        "use_double_wide_mlp": shared > 0, "attention_k_eq_v": experts, "enable_moe_block": experts,
+        "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    if experts:
+        m.config |= {"num_experts": EXPERTS, "top_k_experts": PER_TOKEN, "moe_intermediate_size": 64}
+        m.config |= {"num_global_key_value_heads": 1}
     return m
 
 
