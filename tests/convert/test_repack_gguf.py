@@ -57,7 +57,7 @@ def test_verify_proves_it(tmp_path: Path) -> None:
 
 def test_a_damaged_scale_is_refused_with_tensor_and_row(tmp_path: Path) -> None:
     source, plan, _ = repacked(tmp_path, "llama", "Q4_0")
-    tensor = source._file.tensors["blk.1.ffn_up.weight"]
+    tensor = source.file.tensors["blk.1.ffn_up.weight"]
     with source.path.open("r+b") as file:
         file.seek(tensor.offset + 5 * tensor.row_bytes)
         file.write(b"\xff\xff")
