@@ -6,16 +6,24 @@ here they are read the other way, so that no name is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlxquant.families.mlx_config import text_config
 from mlxquant.families.mlx_layout import all_flags, expected, published
-from mlxquant.families.mlx_modules import dimensions, made_of
+from mlxquant.families.mlx_modules import dimensions, made_of, sizes
 from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import FLOAT_CODES, TensorSpec
 
 _MXFP4_GROUP = 32
+
+# What one array adds to a safetensors header beside its name, bytes, and one tensor to a GGUF header.
+_ENTRY_BYTES, _INFO_BYTES = 74, 40
+# What one token adds to a GGUF header, bytes: its text and its length, its kind, its merge or its score. Of 19
+# vocabularies those with merges take 35 to 61 (some list more than two merges a token), those without 20 to 27.
+_TOKEN_BYTES_WITH_MERGES, _TOKEN_BYTES = 39, 23
+_KEYS_BYTES = 4_000  # the architecture's keys, special tokens, a chat template
 
 
 def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str, TensorSpec]:
@@ -35,6 +43,29 @@ def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str,
         for name in (published(shape.module, name) for name in names):
             specs[name] = TensorSpec(name, size, code)
     return _with_mxfp4(specs) if shape.module == "gpt_oss" and _is_mxfp4(config) else specs
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """How many weights checkpoint(config) has, without naming each expert's."""
+    shape = ModelShape.from_config(config)
+    numbers = dimensions(shape)
+    rows = expected(shape, _flags(config, shape), numbers)
+    return sum(math.prod(sizes(row.dims, numbers)) for row, _, _ in rows if row.how != "embedding")
+
+
+def header_bytes(form: str, vocab_size: int, names: Iterable[str], merges: bool = True) -> int:
+    """What a model's files hold beside tensors, about.
+
+    `form`: 'mlx' (`names`: all stored arrays, scales and biases among them) or 'gguf'. `merges`: the vocabulary is a
+    byte-level BPE, as most are but those of Llama 2, Mistral 7B, Phi-3 and Gemma to 3.
+
+    Within 4 % for MLX. For GGUF within 1 % of Qwen's, SmolLM's and others that have one merge a token; 36 % (3 MB) too
+    low for Llama 3's and its like.
+    """
+    if form == "mlx":
+        return sum(len(name) + _ENTRY_BYTES for name in names)
+    per_token = _TOKEN_BYTES_WITH_MERGES if merges else _TOKEN_BYTES
+    return vocab_size * per_token + sum(len(name) + _INFO_BYTES for name in names) + _KEYS_BYTES
 
 
 def _flags(config: Mapping[str, Any], shape: ModelShape) -> set[str]:

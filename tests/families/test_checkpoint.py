@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.checkpoint import checkpoint
+from mlxquant.families.checkpoint import checkpoint, header_bytes, parameters
 from mlxquant.families.mlx_layout import layout
+from mlxquant.files.shards import assign
 from mlxquant.plan.gguf_plan import plan_checkpoint
 from mlxquant.plan.gguf_types import type_settings
 from mlxquant.plan.plan import make_plan
@@ -58,3 +59,26 @@ def test_missing_key_is_named():
     del about["hidden_size"]
     with pytest.raises(SourceError, match="hidden_size"):
         checkpoint(about)
+
+
+@pytest.mark.parametrize(("family", "tied"), TIES)
+def test_parameters_are_counted_without_names(family, tied):
+    about = config(folder(family, tied))
+    assert parameters(about) == sum(spec.size for spec in checkpoint(about).values())
+
+
+def test_header_of_a_gguf_file_is_near():
+    """Byte counts of a real llama.cpp file of SmolLM2-135M (1,785,664) and of Qwen2.5-1.5B (5,950,528)."""
+    smol = [f"blk.{i}.ffn_down.weight" for i in range(272)]
+    qwen = [f"blk.{i}.ffn_down.weight" for i in range(339)]
+    assert header_bytes("gguf", 49_152, smol) == pytest.approx(1_785_664, rel=0.09)
+    assert header_bytes("gguf", 151_936, qwen) == pytest.approx(5_950_528, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_header_of_an_mlx_folder_is_near(bits):
+    """As files/shards.py writes it."""
+    about = config(folder("llama"))
+    plan = make_plan(about, checkpoint(about), settings(bits=bits, recipe="uniform"))
+    (shard,) = assign([tensor.parts for tensor in plan.tensors])
+    assert header_bytes("mlx", 512, shard.specs) == pytest.approx(len(shard.header), rel=0.08)
