@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlxquant.fit.divergence import Divergence, divergence
+from mlxquant.fit.divergence import FLOATS, Divergence, divergence
 from mlxquant.fit.values import Level, Row
 
 Room = Literal["tight", "comfortable", "plenty", "none"]
@@ -60,18 +60,18 @@ class Choice:
     cost: Divergence | None
 
 
-def is_stored(level: Level) -> bool:
-    """A quantized model as it is: there is nothing to be made, and nothing else to be had without a second loss."""
-    return not level.options and level.name.upper() not in ("F32", "F16", "BF16")
+def keeps_codes(level: Level) -> bool:
+    """A quantized model as it is, or taken over code by code: any other level of it is a second loss."""
+    return "repack" in level.options or (not level.options and level.name.upper() not in FLOATS)
 
 
 def chain_of(rows: Sequence[Row], use: Use) -> list[Choice]:
     """Levels good enough for `use`, from small to large, each with less divergence than the one before: one that takes
     no less memory than another and is no closer to the model has nothing to say for it.
     """
-    stored = [row for row in rows if is_stored(row.level)]
-    if stored:
-        return [Choice(stored[0], divergence(stored[0].level))]
+    kept = [row for row in rows if keeps_codes(row.level)]
+    if kept:
+        return [Choice(kept[0], divergence(kept[0].level))]
     found: list[Choice] = []
     priced = [(row, cost) for row in rows if (cost := divergence(row.level)) and cost.kl <= use.worst]
     for row, cost in sorted(priced, key=lambda p: (p[0].need.total_bytes, p[1].kl)):
