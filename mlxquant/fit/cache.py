@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from mlxquant.errors import SourceError, UsageError
@@ -48,7 +48,7 @@ class Layers(NamedTuple):
     """Layers that are alike. Of 'shared' ones `growth` is what they read; they hold nothing."""
 
     kind: Kind
-    count: int
+    number: int
     growth: Growth
 
 
@@ -152,15 +152,19 @@ def cache_of(
     scales where it is quantized.
     """
     check_settings(max_kv_size, kv_bits, group_size)
+    if ignored := _window_is_ignored(shape):
+        mixers: tuple[Mixer, ...] = ("full",) * shape.layers
+        shape = replace(shape, mixers=mixers)
     if "sliding" in shape.mixers and shape.sliding_window is None:
         raise SourceError("config.json has layers with sliding attention but no sliding_window")
-    layers = _layers(shape, _Wanted(max_kv_size, kv_bits, group_size, item_bytes))
+    wanted = _Wanted(max_kv_size, kv_bits, group_size, item_bytes)
+    layers = _layers(shape, wanted)
     # Whether bits would help is a fact of the model, asked for or not.
-    trial = layers if kv_bits else _layers(shape, _Wanted(max_kv_size, max(KV_BITS), group_size, item_bytes))
+    trial = _layers(shape, replace(wanted, kv_bits=max(KV_BITS)))
     counted = Counter((layer.kind, layer.growth) for layer in layers)
     return Cache(
         tuple(Layers(kind, count, growth) for (kind, growth), count in counted.items()),
-        tuple(_notes(shape, layers, max_kv_size, kv_bits)),
+        tuple(_notes(shape, layers, wanted, ignored)),
         any(layer.kind == "quantized" for layer in trial),
     )
 
@@ -196,12 +200,12 @@ def _own(shape: ModelShape, mixer: Mixer, wanted: _Wanted, read_again: bool) -> 
     kind: Kind = "full" if not shape.kv_lora_rank else "latent" if shape.module in _LATENT else "expanded"
     if not wanted.kv_bits:
         return _Layer(kind, growth)
+    if shape.module in _UNREADABLE or read_again:
+        return _Layer(kind, growth, _UNREADABLE.get(shape.module, "layers that share it read no quantized cache"))
     size = fitting_group_size(widths, wanted.group_size)
     if size is None:
         wide = " and ".join(str(width) for width in dict.fromkeys(widths))
         return _Layer(kind, growth, f"no group size divides the head width {wide}")
-    if shape.module in _UNREADABLE or read_again:
-        return _Layer(kind, growth, _UNREADABLE.get(shape.module, "layers that share it read no quantized cache"))
     why = f"groups of {size}, as {wanted.group_size} does not divide the head width" if size < wanted.group_size else ""
     return _Layer("quantized", quantized_growth(heads, widths, wanted.kv_bits, size, wanted.item_bytes), why)
 
@@ -225,13 +229,19 @@ def _state(shape: ModelShape, item_bytes: int) -> Growth:
     return Growth(fixed_bytes=conv + state, array_bytes=max(conv, state))
 
 
-def _notes(shape: ModelShape, layers: Sequence[_Layer], max_kv_size: int | None, kv_bits: int | None) -> Iterator[str]:
+def _window_is_ignored(shape: ModelShape) -> bool:
+    """Whether layers with a window keep the whole context all the same: these files make no cache of their own."""
+    return shape.module == "gemma2" or (shape.module == "smollm3" and "sliding" in shape.mixers)
+
+
+def _notes(shape: ModelShape, layers: Sequence[_Layer], wanted: _Wanted, ignored: bool) -> Iterator[str]:
+    kv_bits, max_kv_size = wanted.kv_bits, wanted.max_kv_size
     kinds = {layer.kind for layer in layers}
-    if shape.module == "gemma2":
-        yield "mlx-lm keeps the whole context in every layer of gemma2, also in those with a window"
+    if ignored and not max_kv_size:
+        yield f"mlx-lm keeps the whole context in every layer of {shape.module}, also in those with a window"
     if kv_bits:
         for (kind, why), count in Counter((layer.kind, layer.why) for layer in layers if layer.why).items():
-            yield f"{count} of {shape.layers} layers {'' if kind == 'quantized' else 'stay float'}: {why}"
+            yield f"{count} of {shape.layers} layers {'in' if kind == 'quantized' else 'stay float:'} {why}"
     if kv_bits and "quantized" not in kinds:
         yield f"no layer's cache can be quantized, so --kv-bits {kv_bits} changes nothing"
     if max_kv_size and "rotating" not in kinds:

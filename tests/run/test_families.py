@@ -73,7 +73,7 @@ def test_planned_caches_run_and_take_the_planned_bytes(family, options):
     plan = plan_cache(model, **options)
     cache = plan.make()
     assert len(list(generate(model, list(range(30)), cache, max_tokens=6, prefill_step=8))) == 6
-    feed = fed(30, 5, 8)
+    feed = fed(30, 6, 8)
     assert [entry.nbytes for entry in cache] == [sum(g.final_bytes(feed) for g in s.growths) for s in plan.slots]
 
 
