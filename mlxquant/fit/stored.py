@@ -31,8 +31,9 @@ def stored_level(subject: Subject) -> Level:
     sources = {spec.name: spec.nbytes for spec in specs}
     size = sum(_weights(spec) for spec in specs)
     if subject.published_mxfp4:
-        return _level("mxfp4", parts, sources, [spec.nbytes for spec in specs], size)
-    # mlx-lm stacks the experts when it loads them.
+        # mlx-lm parts gate from up when it loads them, and stacks the experts of other checkpoints.
+        arrays = [spec.nbytes // (2 if "gate_up_proj" in spec.name else 1) for spec in specs]
+        return _level("mxfp4", parts, sources, arrays, size)
     arrays = [TensorSpec(target.name, target.shape, target.dtype).nbytes for target, _ in parts]
     level = _level(_commonest_dtype(specs), parts, sources, arrays, size)
     return replace(level, remarks=tuple(shape_remarks(subject.shape, subject.basis.layout)))

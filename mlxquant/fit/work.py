@@ -10,7 +10,7 @@ from mlxquant.tensors import TensorSpec
 
 
 def work(subject: Subject) -> Work:
-    """Raises SourceError and UnsupportedError for a model whose tensors are not known."""
+    """Of an untied input embedding one row counts. Raises SourceError and UnsupportedError."""
     active = sum(
         share.of(TensorSpec(target.name, target.shape, target.dtype).size) for target, share in read_parts(subject)
     )
@@ -24,6 +24,8 @@ def attention_flops(shape: ModelShape) -> int:
     Layers with full attention alone: a sliding layer stops at its window, a recurrent one has no positions. MLA is
     counted as prefill runs it, with keys and values of every head.
     """
-    key = shape.qk_nope_head_dim + shape.qk_rope_head_dim if shape.kv_lora_rank else shape.head_dim
-    value = shape.v_head_dim if shape.kv_lora_rank else shape.head_dim
+    key = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+    value = shape.v_head_dim
+    if not shape.kv_lora_rank:
+        key = value = shape.global_head_dim or shape.head_dim
     return 2 * shape.mixers.count("full") * shape.heads * (key + value)

@@ -11,8 +11,8 @@ from mlxquant.machine import Machine
 def bytes_per_token(model: Any, config: dict[str, Any]) -> int:
     """Weight bytes read for one token, (shape: a number).
 
-    All parameters count, but for an untied input embedding (one row is read) and experts that are not asked: of
-    (experts, ...) stacks only the active share.
+    All parameters count, but for an untied input embedding and one for all layers (one row is read) and experts that
+    are not asked: of (experts, ...) stacks only the active share.
     """
     import mlx.nn as nn
     from mlx.utils import tree_flatten
@@ -24,7 +24,7 @@ def bytes_per_token(model: Any, config: dict[str, Any]) -> int:
     total = 0.0
     for name, module in tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module)):
         size = sum(array.nbytes for _, array in tree_flatten(module.parameters()))
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not tied and "lm_head" not in name:
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and (not tied or "per_layer" in name):
             continue
         total += size * (active if "Switch" in type(module).__name__ else 1.0)
     return int(total)
@@ -34,9 +34,8 @@ def active_share(config: dict[str, Any]) -> float:
     """Experts asked for one token over all of them; 1 for a dense model."""
     keys = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[k] for k in keys if isinstance(config.get(k), int)), 0)
-    used = next(
-        (config[k] for k in ("num_experts_per_tok", "num_experts_per_token") if isinstance(config.get(k), int)), 0
-    )
+    asked = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    used = next((config[k] for k in asked if isinstance(config.get(k), int)), 0)
     return used / experts if experts and used else 1.0
 
 
