@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mlxquant.cli import convert_fit
 from mlxquant.cli.converting import Wish
 from mlxquant.cli.sections import SectionCommand, SectionOption, given
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
@@ -120,6 +121,7 @@ MLX, GGUF = "For an MLX folder", "For a GGUF file"
     help="llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell.",
 )
 @click.option("--modelfile", cls=SectionOption, section=GGUF, is_flag=True, help="Write Ollama's Modelfile beside it.")
+@convert_fit.fit_options
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -145,14 +147,22 @@ def command(
     if out is None and not dry_run:
         raise UsageError("no output", hint="add -o FOLDER or -o NAME.gguf, or --dry-run to see the plan only")
     wish = Wish(source, revision, dry_run, as_json, resume, restart, force)
-    if wants_gguf(out, given(ctx, MLX), given(ctx, GGUF)):
+    for_mlx, for_gguf, for_fit = given(ctx, MLX), given(ctx, GGUF), given(ctx, convert_fit.FIT)
+    if for_fit:
+        convert_fit.check(out, for_fit, for_mlx, for_gguf)
+        options = convert_fit.chosen_options(wish, out, options)
+        to_gguf = convert_fit.is_gguf(out)
+    else:
+        to_gguf = wants_gguf(out, for_mlx, for_gguf)
+    if to_gguf:
         from mlxquant.cli.convert_gguf import convert_gguf
 
         convert_gguf(wish, out, options)
     else:
         from mlxquant.cli.convert_mlx import convert_mlx
 
-        convert_mlx(wish, out, options, bool({"--bits", "--group-size", "--mode", "--dtype"} & set(given(ctx, MLX))))
+        formatted = bool({"--bits", "--group-size", "--mode", "--dtype"} & set(for_mlx)) or bool(for_fit)
+        convert_mlx(wish, out, options, formatted)
 
 
 def wants_gguf(out: Path | None, for_mlx: Sequence[str], for_gguf: Sequence[str]) -> bool:
