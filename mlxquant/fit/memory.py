@@ -1,0 +1,197 @@
+"""Will it fit: weights, cache, scratch and the largest single buffer against what a machine gives.
+
+MLX levels are reckoned as mlx-lm runs them, GGUF levels as llama.cpp does (llamacpp.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from mlxquant.families.shape import ModelShape
+from mlxquant.fit import llamacpp
+from mlxquant.fit.cache import Cache, cache_of
+from mlxquant.fit.scratch import Prefill, activations
+from mlxquant.fit.values import Level, Need, Verdict
+from mlxquant.machine import Machine
+from mlxquant.units import GIB, MIB, format_bytes
+
+# MLX collects garbage from 0.95 of the working set (allocator.cpp, gc_limit); mlx-lm warns above 0.9 (generate.py).
+FILL, EASE = 0.95, 0.9
+# Python, tokenizer, and freed buffers that MLX keeps until the next clear_cache: beside get_peak_memory, but in RAM.
+PROCESS_BYTES = 500_000_000
+# What those leave to the system who raise the limit by hand: a fifth, or 5 GiB (exo's configure_mlx.sh).
+SYSTEM_SHARE, SYSTEM_BYTES = 0.2, 5 * GIB
+SMALLER_CHUNKS = (1024, 512, 256)
+
+
+class Run(Protocol):
+    """What is asked for, as advice() needs it."""
+
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def kv_bits(self) -> int | None: ...
+    @property
+    def chunk_tokens(self) -> int: ...
+
+
+def need(
+    level: Level, cache: Cache, shape: ModelShape, machine: Machine, context_tokens: int, chunk_tokens: int = 2048
+) -> Need:
+    """Bytes of a run whose prompt fills `context_tokens`, and its largest single buffer. `cache`: of `shape`, as
+    cache_of gives it. Of a GGUF level chunk_tokens is llama.cpp's own, 512."""
+    if level.format == "gguf":
+        return llamacpp.need(level, cache, shape, context_tokens)
+    prefill = _prefill(level, cache, shape, machine, context_tokens, chunk_tokens)
+    largest = level.largest_bytes, cache.largest_bytes(context_tokens, chunk_tokens), prefill.largest_scores_bytes
+    return Need(
+        context_tokens,
+        chunk_tokens,
+        level.loaded_bytes,
+        cache.peak_bytes(context_tokens, 1, chunk_tokens),
+        prefill.scratch_bytes(cache.bytes_per_token),
+        max(largest),
+    )
+
+
+def _prefill(level: Level, cache: Cache, shape: ModelShape, machine: Machine, context: int, chunk: int) -> Prefill:
+    quantized = any(kind == "quantized" for kind, *_ in cache.layers)
+    return Prefill(activations(shape), context, chunk, machine, level.loaded_bytes, quantized)
+
+
+def limit_bytes(machine: Machine) -> int:
+    """What a model may take: 0.95 of the working set, and on a Mac, where that was raised by hand, no more than RAM
+    less what the system and this process keep."""
+    limit = int(FILL * machine.working_set_bytes)
+    return min(limit, machine.memory_bytes - _system_bytes(machine) - PROCESS_BYTES) if _has_gpu(machine) else limit
+
+
+def verdict(needed: Need, machine: Machine) -> Verdict:
+    """'fits' up to 0.9 of the working set, 'tight' up to 0.95, 'no' beyond, or where one buffer is too large."""
+    limit = limit_bytes(machine)
+    if needed.total_bytes > limit or needed.largest_buffer_bytes > machine.max_buffer_bytes:
+        return "no"
+    return "fits" if needed.total_bytes <= limit * EASE / FILL else "tight"
+
+
+def longest_context(
+    level: Level, cache: Cache, shape: ModelShape, machine: Machine, chunk_tokens: int, ceiling_tokens: int
+) -> int:
+    """The most tokens, at most `ceiling_tokens`, that are not a 'no'; 0 where not even one is."""
+
+    def fits(tokens: int) -> bool:
+        return verdict(need(level, cache, shape, machine, tokens, chunk_tokens), machine) != "no"
+
+    return longest(fits, ceiling_tokens)
+
+
+def longest(fits: Callable[[int], bool], ceiling_tokens: int) -> int:
+    """By bisection: the largest number that fits, 0 when not even 1 does."""
+    if fits(ceiling_tokens):
+        return ceiling_tokens
+    low, high = 0, ceiling_tokens - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[str]:
+    """What helps a level that does not fit at ease, one line each: only what helps by the numbers."""
+    cache = cache_of(shape, kv_bits=run.kv_bits)
+    now = need(level, cache, shape, machine, run.context_tokens, run.chunk_tokens)
+    lines = [
+        _smaller_chunk(now, level, cache, shape, machine, run),
+        _kv_bits(now, level, cache, shape, machine, run),
+        _shorter_context(level, cache, shape, machine, run),
+        _raised_limit(now, machine),
+        _smaller_level(now, machine),
+        _older_macos(now, machine),
+    ]
+    return [line for line in lines if line]
+
+
+def _smaller_chunk(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+    """The largest chunk that makes it better, or else the one that saves most."""
+    if level.format == "gguf":
+        return ""
+    smaller = [chunk for chunk in SMALLER_CHUNKS if chunk < min(run.chunk_tokens, run.context_tokens)]
+    needs = [need(level, cache, shape, machine, run.context_tokens, chunk) for chunk in smaller]
+    better = [n for n in needs if _rank(n, machine) > _rank(now, machine)]
+    chosen = better[0] if better else min(needs, key=lambda n: n.total_bytes, default=now)
+    saved = now.total_bytes - chosen.total_bytes
+    if saved < now.total_bytes // 100:
+        return ""
+    return f"--prefill-step {chosen.chunk_tokens} saves {format_bytes(saved)}{_then(chosen, machine)}"
+
+
+def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+    if run.kv_bits:
+        return ""
+    if level.format == "mlx" and not cache.quantizable:
+        return "--kv-bits 8 does not help: no layer's cache can be quantized"
+    small = need(level, cache_of(shape, kv_bits=8), shape, machine, run.context_tokens, run.chunk_tokens)
+    saved = now.total_bytes - small.total_bytes
+    if saved > now.total_bytes // 100:
+        return f"--kv-bits 8 saves {format_bytes(saved)}{_then(small, machine)}"
+    less = format_bytes(now.cache_bytes - small.cache_bytes)
+    if saved < 0:
+        return f"--kv-bits 8 does not help: {less} less cache, but attention is no longer fused and makes scores"
+    return ""
+
+
+def _shorter_context(level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+    found = longest_context(level, cache, shape, machine, run.chunk_tokens, run.context_tokens)
+    return f"--context {found} is the longest that fits" if 0 < found < run.context_tokens else ""
+
+
+def _raised_limit(now: Need, machine: Machine) -> str:
+    """Metal's own limit, where it is what binds and RAM has more."""
+    if not _has_gpu(machine) or now.largest_buffer_bytes > machine.max_buffer_bytes:
+        return ""
+    most = machine.memory_bytes - _system_bytes(machine)
+    wanted = -(-int(now.total_bytes / EASE) // MIB) * MIB
+    if wanted <= machine.working_set_bytes or now.total_bytes + PROCESS_BYTES > most:
+        return ""
+    limit = min(wanted, most)
+    kept = format_bytes(machine.memory_bytes - limit)
+    return (
+        f"sudo sysctl iogpu.wired_limit_mb={limit // MIB} lets the GPU have {format_bytes(limit)} and leaves {kept} to "
+        "the system; macOS may swap or panic, and it is lost at reboot"
+    )
+
+
+def _smaller_level(now: Need, machine: Machine) -> str:
+    room = limit_bytes(machine) - now.cache_bytes - now.scratch_bytes
+    if now.total_bytes <= limit_bytes(machine) or room <= 0:
+        return ""
+    return f"a level of at most {format_bytes(room)} of weights fits with this context"
+
+
+def _older_macos(now: Need, machine: Machine) -> str:
+    if machine.older_working_set_bytes is None:
+        return ""
+    older = machine.with_older_macos()
+    there, here = verdict(now, older), verdict(now, machine)
+    return f"under {older.system} or before: {_VERDICTS[there]}" if there != here else ""
+
+
+_VERDICTS: dict[Verdict, str] = {"fits": "it fits", "tight": "it is tight", "no": "it does not fit"}
+_RANKS: dict[Verdict, int] = {"no": 0, "tight": 1, "fits": 2}
+
+
+def _rank(needed: Need, machine: Machine) -> int:
+    return _RANKS[verdict(needed, machine)]
+
+
+def _then(needed: Need, machine: Machine) -> str:
+    return {"fits": ": then it fits", "tight": ": then it is tight", "no": ""}[verdict(needed, machine)]
+
+
+def _has_gpu(machine: Machine) -> bool:
+    return machine.device == "gpu"
+
+
+def _system_bytes(machine: Machine) -> int:
+    return int(min(SYSTEM_SHARE * machine.memory_bytes, SYSTEM_BYTES))
