@@ -6,7 +6,7 @@ them strictly is what shows that they are right.
 
 from __future__ import annotations
 
-from tests.tiny_nested import NESTED
+from tests.tiny_nested import NESTED, ministral3
 from tests.tiny_parts import AROUND_FFN, EXPERTS, HEAD_DIM, HEADS, KV, PER_TOKEN, PRE, VOCAB, Tiny, norm, weight
 
 
@@ -31,6 +31,13 @@ def dense(model_type, architecture, *, bias=False, qk_norm="", norms=PRE, at="",
         return m.done(**({"head_dim": None} if derived else {}) | config)
 
     return build
+
+
+def olmo3(rng, width, layers, tied):
+    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    build = dense("olmo3", "Olmo3ForCausalLM", qk_norm="wide", norms=(PRE[1], AROUND_FFN[1]), sliding_window=64,
+                  layer_types=kinds)  # fmt: skip
+    return build(rng, width, layers, tied)
 
 
 def gemma3(rng, width, layers, tied):
@@ -184,7 +191,7 @@ def gpt_oss(rng, width, layers, tied):
     return m.done(num_local_experts=EXPERTS, num_experts_per_tok=PER_TOKEN, sliding_window=64)
 
 
-def deepseek(version, q_lora=64):
+def deepseek(version, model_type, architecture, q_lora=64):
     """MLA, a dense first layer, experts and a shared expert after it; v3 also has a multi-token prediction
     layer."""
     rank, rope, nope, value, hidden = 64, 16, 32, 32, 64
@@ -203,7 +210,7 @@ def deepseek(version, q_lora=64):
         m.linear(f"{p}o_proj", m.width, HEADS * value)
 
     def build(rng, width, layers, tied):
-        m = Tiny(rng, width, layers, False, f"deepseek_v{version}", f"DeepseekV{version}ForCausalLM")
+        m = Tiny(rng, width, layers, False, model_type, architecture)
         m.root()
         for i in range(layers):
             p = f"model.layers.{i}."
@@ -228,6 +235,55 @@ def deepseek(version, q_lora=64):
         return config | {"q_lora_rank": q_lora or None, "rope_scaling": YARN if version == 2 else None}, t
 
     return build
+
+
+def glm4_moe(rng, width, layers, tied):
+    """The first layer dense; with norms of queries and keys, as GLM-4.5 has and GLM-4.5-Air has not."""
+    m = Tiny(rng, width, layers, False, "glm4_moe", "Glm4MoeForCausalLM")
+    m.root()
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        m.attention(f"{p}self_attn.", True)
+        m.norms(f"{p}self_attn.", "q_norm", "k_norm", size=HEAD_DIM)
+        m.norms(p, *PRE)
+        if i == 0:
+            m.mlp(f"{p}mlp.")
+            continue
+        m.linear(f"{p}mlp.gate", EXPERTS, width)
+        m.t[f"{p}mlp.gate.e_score_correction_bias"] = weight(rng, EXPERTS)
+        m.experts(f"{p}mlp.", 64)
+        m.mlp(f"{p}mlp.shared_experts.", 64)
+    config, t = m.done(
+        moe_intermediate_size=64, norm_topk_prob=True, n_group=1, topk_group=1, n_shared_experts=1,
+        n_routed_experts=EXPERTS, routed_scaling_factor=1.0, num_experts_per_tok=PER_TOKEN, first_k_dense_replace=1,
+        use_qk_norm=True, attention_bias=True, partial_rotary_factor=0.5,
+    )  # fmt: skip
+    return config | {"rope_scaling": None}, t
+
+
+def lfm2(rng, width, layers, tied):
+    """Short convolutions and, every second layer here, attention; a feed-forward width that the config overstates."""
+    m = Tiny(rng, width, layers, True, "lfm2", "Lfm2ForCausalLM")
+    m.root(last="embedding_norm")
+    ffn = 256  # two thirds of 360, rounded up to a multiple of 64
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        if i % 2:
+            m.attention(f"{p}self_attn.", o="out_proj", head_dim=width // HEADS)
+            m.norms(f"{p}self_attn.", "q_layernorm", "k_layernorm", size=width // HEADS)
+        else:
+            m.linear(f"{p}conv.in_proj", 3 * width, width)
+            m.t[f"{p}conv.conv.weight"] = weight(rng, width, 1, 3)
+            m.linear(f"{p}conv.out_proj", width, width)
+        m.linear(f"{p}feed_forward.w1", ffn, width)
+        m.linear(f"{p}feed_forward.w3", ffn, width)
+        m.linear(f"{p}feed_forward.w2", width, ffn)
+        m.norms(p, "operator_norm", "ffn_norm")
+    return m.done(
+        head_dim=None, rms_norm_eps=None, norm_eps=1e-5, conv_bias=False, conv_L_cache=3, block_dim=width,
+        intermediate_size=360, block_ff_dim=360, block_multiple_of=64, block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=True, layer_types=["full_attention" if i % 2 else "conv" for i in range(layers)],
+    )  # fmt: skip
 
 
 def qwen3_next(rng, width, layers, tied, key=16):
@@ -352,13 +408,21 @@ FAMILIES = {
     "qwen3_moe": moe("qwen3_moe", "Qwen3MoeForCausalLM", qk_norm="head", mlp_only_layers=[0], **SPARSE),
     "granitemoe": granitemoe,
     "gpt_oss": gpt_oss,
-    "deepseek_v2": deepseek(2, q_lora=0),
-    "deepseek_v3": deepseek(3),
+    "deepseek_v2": deepseek(2, "deepseek_v2", "DeepseekV2ForCausalLM", q_lora=0),
+    "deepseek_v3": deepseek(3, "deepseek_v3", "DeepseekV3ForCausalLM"),
     "qwen3_next": qwen3_next,
     "mamba2": mamba2,
     "nemotron_h": nemotron_h,
+    "olmo3": olmo3,
+    "ministral3": ministral3,
+    "glm4_moe": glm4_moe,
+    "glm4_moe_lite": deepseek(3, "glm4_moe_lite", "Glm4MoeLiteForCausalLM"),
+    "lfm2": lfm2,
     **NESTED,
 }
 # Families whose embedding is always the output head, or never.
-ALWAYS_TIED = ("gemma", "gemma2", "gemma3", "gemma4", "gemma4_text", "cohere", "cohere2")
-NEVER_TIED = ("phi", "stablelm", "glm4", "gpt_oss", "deepseek_v2", "deepseek_v3", "nemotron_h", "qwen2_moe")
+ALWAYS_TIED = ("lfm2", "gemma", "gemma2", "gemma3", "gemma4", "gemma4_text", "cohere", "cohere2")
+NEVER_TIED = (
+    "phi", "stablelm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "deepseek_v2", "deepseek_v3", "nemotron_h",
+    "qwen2_moe",
+)  # fmt: skip

@@ -141,7 +141,50 @@ def gemma4(rng, width, layers, tied):
     return config | {"audio_config": {"hidden_size": 8}}, tensors
 
 
+def qwen3_vl(rng, width, layers, tied):
+    m = llama_like(rng, width, layers, tied, "qwen3_vl_text", qk_norm=True)
+    other = {"model.visual.patch_embed.proj.weight": weight(rng, 8, 3, 2, 4, 4)}
+    return nest(m, "qwen3_vl", "Qwen3VLForConditionalGeneration", other)
+
+
+def llama_like(rng, width, layers, tied, model_type, qk_norm=False):
+    m = Tiny(rng, width, layers, tied, model_type, "")
+    m.root()
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        m.attention(f"{p}self_attn.")
+        if qk_norm:
+            m.norms(f"{p}self_attn.", "q_norm", "k_norm", size=HEAD_DIM)
+        m.mlp(f"{p}mlp.")
+        m.norms(p, *PRE)
+    return m
+
+
+def ministral3(rng, width, layers, tied):
+    m = llama_like(rng, width, layers, tied, "ministral3")
+    return m.done(architectures=["Ministral3ForCausalLM"], rope_theta=None, rope_parameters=YARN, sliding_window=None)
+
+
+def mistral3(rng, width, layers, tied):
+    """As published: language_model outside of model."""
+    m = llama_like(rng, width, layers, tied, "ministral3")
+    other = {
+        "vision_tower.patch_conv.weight": weight(rng, 8, 3, 4, 4),
+        "multi_modal_projector.linear_1.weight": weight(rng, width, 8),
+    }
+    config, tensors = nest(m, "mistral3", "Mistral3ForConditionalGeneration", other, rope_theta=None,
+                           rope_parameters=YARN, sliding_window=None)  # fmt: skip
+    renamed = {n.replace("model.language_model.", "language_model.model."): v for n, v in tensors.items()}
+    return config, {f"language_model.{n}" if n == "lm_head.weight" else n: v for n, v in renamed.items()}
+
+
+YARN = {
+    "type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 512,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
 NESTED = {
+    "qwen3_vl": qwen3_vl,
+    "mistral3": mistral3,
     "qwen3_5": qwen3_5("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": qwen3_5("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", experts=True),
     "gemma4": gemma4,

@@ -90,6 +90,10 @@ FACTS: dict[str, Facts] = {
     "qwen3": Facts("own", "config", (
         "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "head_dim", "tie_word_embeddings",
     )),
+    # qwen3 under `language_model.`
+    "qwen3_vl": Facts("own", "config", (
+        "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "head_dim", "tie_word_embeddings",
+    )),
     "qwen3_moe": Facts("own", "config", (*_MOE3, "tie_word_embeddings", "norm_topk_prob")),
     "qwen3_next": Facts("own", "config", (
         *_MOE3, "linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim",
@@ -121,6 +125,12 @@ FACTS: dict[str, Facts] = {
         "num_hidden_layers": 32, "num_key_value_heads": 32, "intermediate_size": 10240,
     }),
     "olmo2": Facts("either", "config", ("rms_norm_eps",), _TIED),
+    "olmo3": Facts("either", "config", ("rms_norm_eps", "max_position_embeddings", "sliding_window", "rope_theta"),
+                   _UNTIED),
+    # mlx-lm has no default for rope_parameters that its own attention could run with.
+    "ministral3": Facts("either", "config", ("rms_norm_eps", "rope_parameters"), _TIED),
+    # ministral3, or llama for older ones, under `language_model.`; untied where text_config does not say.
+    "mistral3": Facts("either", "config", ("rms_norm_eps", "text_config"), _UNTIED),
     "olmoe": Facts("either", "config", ("rms_norm_eps", "num_experts", "num_experts_per_tok"), _TIED),
     "granite": Facts("derived", "config", (*_GRANITE, "mlp_bias"), _TIED),
     "granitemoe": Facts("derived", "config", (*_GRANITE, "num_local_experts", "num_experts_per_tok"), _TIED),
@@ -141,6 +151,23 @@ FACTS: dict[str, Facts] = {
         "attention_bias", "head_dim", "rms_norm_eps", "num_key_value_heads", "partial_rotary_factor",
         "rope_theta",
     ), {"max_position_embeddings": 32768}),
+    "glm4_moe": Facts("own", "never", (
+        "max_position_embeddings", "moe_intermediate_size", "norm_topk_prob", "n_group", "head_dim", "topk_group",
+        "n_shared_experts", "n_routed_experts", "routed_scaling_factor", "num_experts_per_tok",
+        "first_k_dense_replace", "num_key_value_heads", "rms_norm_eps", "rope_theta", "use_qk_norm",
+        "tie_word_embeddings", "attention_bias", "partial_rotary_factor",
+    )),
+    "glm4_moe_lite": Facts("derived", "never", (), {
+        "vocab_size": 154880, "hidden_size": 2048, "intermediate_size": 10240, "moe_intermediate_size": 1536,
+        "num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20, "n_shared_experts": 1,
+        "n_routed_experts": 64, "kv_lora_rank": 512, "q_lora_rank": 768, "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 192, "v_head_dim": 256, "num_experts_per_tok": 4, "moe_layer_freq": 1,
+        "first_k_dense_replace": 1, "max_position_embeddings": 202752,
+    }),
+    "lfm2": Facts("derived", "always", (
+        "num_key_value_heads", "max_position_embeddings", "norm_eps", "conv_bias", "conv_L_cache", "block_dim",
+        "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
+    )),
     "gpt_oss": Facts("own", "never", (), {
         "num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,
         "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64, "num_attention_heads": 64,

@@ -8,7 +8,7 @@ from typing import Any
 from mlxquant.errors import SourceError
 
 # Families whose text_config alone is asked whether embeddings are tied.
-_TIED_INSIDE = ("qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_unified")
+_TIED_INSIDE = ("qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_unified", "qwen3_vl", "mistral3")
 # Families whose vocabulary is as large as the root says.
 _VOCABULARY_OUTSIDE = ("gemma3", "gemma4", "gemma4_unified")
 
@@ -21,6 +21,8 @@ def mlx_config(config: Mapping[str, Any]) -> dict[str, Any]:
     gemma4 take their vocabulary from the root only. Raises SourceError for a text_config that is no object.
     """
     made = _flat_rope(config.get("rope_parameters")) | dict(config)
+    if config.get("model_type") == "glm4_moe":  # null is what it takes, and transformers 5 leaves it out
+        made.setdefault("rope_scaling", None)
     if (inner := _inner(config)) is not None:
         made["text_config"] = _flat_rope(inner.get("rope_parameters")) | dict(inner)
         if config.get("model_type") in _TIED_INSIDE and "tie_word_embeddings" in config:

@@ -29,8 +29,9 @@ __all__ = ["layout", "mlx_lm_codec"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES: dict[How, Change] = {"add_one": "add_one", "mla_q": "mla_embed_q", "mla_v": "mla_unembed"}
 # Families whose text model lies under language_model in MLX; those whose checkpoints may be for text alone.
-_NESTED = ("gemma3", "gemma4", "qwen3_5", "qwen3_5_moe")
-_TEXT_ALONE = ("qwen3_5", "qwen3_5_moe")
+_NESTED = ("gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe", "qwen3_vl")
+_TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "qwen3_vl")
+_TOWERS = ("vision_tower.", "model.visual.", "visual.")
 _COMMON_DROPS = ((r".*rotary_emb\.inv_freq", "computed at load time, not learned"),)
 _NAMED = 8  # names in one message
 _ENOUGH = 200  # missing names after which looking further tells nobody more
@@ -66,13 +67,13 @@ def _canonical(module: str, name: str) -> str:
         return name
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
-    bare = module in _TEXT_ALONE and not name.startswith(("language_model.", "vision_tower.", "model.visual."))
+    bare = module in _TEXT_ALONE and not name.startswith(("language_model.", *_TOWERS))
     return f"language_model.{name}" if bare or name == "lm_head.weight" else name
 
 
 def published(module: str, name: str) -> str:
     """The way back: the name that today's checkpoints of the family have for what MLX calls `name`."""
-    if module not in _NESTED or module == "gemma3":
+    if module not in _NESTED or module in ("gemma3", "mistral3"):
         return name
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
@@ -234,7 +235,7 @@ class _Build:
         if shares and int(shares[1]) >= self.shape.layers - self.shape.shared_kv_layers:
             return "not used: the layer shares the keys and values of an earlier one"
         more = config.get("num_nextn_predict_layers")
-        if self.shape.module == "deepseek_v3" and type(more) is int:
+        if self.shape.module in ("deepseek_v3", "glm4_moe", "glm4_moe_lite") and type(more) is int:
             index = re.match(r"model\.layers\.(\d{1,9})\.", name)
             if index and self.shape.layers <= int(index[1]) < self.shape.layers + more:
                 return "multi-token prediction, which mlx-lm does not run"

@@ -15,7 +15,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mlxquant.families.mlx_nested import GEMMA3, GEMMA3_NESTED, GEMMA4, GEMMA4_NESTED, QWEN3_5, QWEN3_NEXT
+from mlxquant.families.mlx_nested import (
+    GEMMA3,
+    GEMMA3_NESTED,
+    GEMMA4,
+    GEMMA4_NESTED,
+    MISTRAL3,
+    QWEN3,
+    QWEN3_5,
+    QWEN3_NEXT,
+    QWEN3_VL,
+)
 from mlxquant.families.mlx_rows import (
     GEMMA_NORMS,
     MTP,
@@ -48,6 +58,17 @@ _COHERE = Family(
 )
 
 
+_OLMO2 = Family(
+    (
+        *attention("attention_bias", "attention_bias"),
+        *WIDE_QK_NORM,
+        *mlp("mlp_bias"),
+        *vectors("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    root(),
+)
+
+
 def _deepseek(latents: tuple[Row, ...], gate: tuple[Row, ...]) -> Family:
     latent_attention = (
         Row("self_attn.q_proj.weight", "qb h", "q_full"),
@@ -63,6 +84,7 @@ def _deepseek(latents: tuple[Row, ...], gate: tuple[Row, ...]) -> Family:
     return Family((*latent_attention, *mlp(when="dense"), ROUTER, *gate, *experts(), *shared, *PRE), root())
 
 
+_CORRECTION = Row("mlp.gate.e_score_correction_bias", "e", "moe", cast=False)
 _KV_B = "self_attn.kv_b_proj.weight"
 _DEEPSEEK_V2 = _deepseek((Row(_KV_B, "kvb kvl"),), ())
 _DEEPSEEK_V3 = _deepseek(
@@ -70,7 +92,7 @@ _DEEPSEEK_V3 = _deepseek(
         Row("self_attn.embed_q.weight", "heads kvl nope", how="mla_q", source=_KV_B),
         Row("self_attn.unembed_out.weight", "heads vd kvl", how="mla_v", source=_KV_B),
     ),
-    (Row("mlp.gate.e_score_correction_bias", "e", "moe", cast=False),),
+    (_CORRECTION,),
 )
 
 
@@ -85,6 +107,23 @@ def _mamba(bias: str, when: str = "", keep_a: bool = False) -> tuple[Row, ...]:
         Row("mixer.norm.weight", "so", when),
         *linear("mixer.out_proj", "h so", bias, when),
     )
+
+
+_LFM2 = Family(
+    (
+        *attention(when="full", o="out_proj"),
+        *vectors("self_attn.q_layernorm", "self_attn.k_layernorm", dims="hd", when="full"),
+        *linear("conv.in_proj", "3h h", "conv_bias", "linear"),
+        Row("conv.conv.weight", "h k 1", "linear", "conv"),
+        Row("conv.conv.bias", "h", "linear conv_bias"),
+        *linear("conv.out_proj", "h h", "conv_bias", "linear"),
+        Row("feed_forward.w1.weight", "f h"),
+        Row("feed_forward.w3.weight", "f h"),
+        Row("feed_forward.w2.weight", "h f"),
+        *vectors("operator_norm", "ffn_norm"),
+    ),
+    root("embedding_norm"),
+)
 
 
 def _nemotron_moe() -> tuple[Row, ...]:
@@ -109,7 +148,10 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _LLAMA,
     "granite": _LLAMA,
     "qwen2": _QWEN2,
-    "qwen3": Family((*attention(), *QK_NORM, *mlp(), *PRE), root()),
+    "qwen3": QWEN3,
+    "qwen3_vl": QWEN3_VL,
+    "ministral3": Family((*attention(), *mlp(), *PRE), root()),
+    "mistral3": MISTRAL3,
     "mixtral": Family(
         (
             *attention(),
@@ -152,15 +194,8 @@ FAMILIES: dict[str, Family] = {
         ),
         (*root("final_layernorm", bias="yes"), Row("lm_head.bias", "v")),
     ),
-    "olmo2": Family(
-        (
-            *attention("attention_bias", "attention_bias"),
-            *WIDE_QK_NORM,
-            *mlp("mlp_bias"),
-            *vectors("post_attention_layernorm", "post_feedforward_layernorm"),
-        ),
-        root(),
-    ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, layer=tuple(r for r in _OLMO2.layer if "mlp" not in r.name or "bias" not in r.name)),
     "olmoe": Family(
         (*attention("attention_bias", "attention_bias"), *WIDE_QK_NORM, ROUTER, *experts(), *PRE),
         root(),
@@ -237,6 +272,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe_lite": _DEEPSEEK_V3,
+    "glm4_moe": Family(
+        (
+            *attention("attention_bias"),
+            *vectors("self_attn.q_norm", "self_attn.k_norm", dims="hd", when="use_qk_norm"),
+            *mlp(when="dense"),
+            ROUTER,
+            _CORRECTION,
+            *experts(),
+            *mlp(at="mlp.shared_experts", width="s", when="moe shared"),
+            *PRE,
+        ),
+        root(),
+    ),
+    "lfm2": _LFM2,
     "mamba2": Family(
         (*_mamba("use_bias"), *vectors("norm")),
         root("norm_f", "backbone", embed="embeddings"),
@@ -259,7 +309,7 @@ FAMILIES: dict[str, Family] = {
 
 _FLAGS = (
     "attention_bias", "mlp_bias", "use_qk_norm", "layer_norm_bias", "qk_layernorm", "use_qkv_bias",
-    "use_bias", "use_conv_bias", "mamba_proj_bias", "use_parallel_residual",
+    "use_bias", "use_conv_bias", "mamba_proj_bias", "use_parallel_residual", "conv_bias",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from mlxquant.families.mlx_rows import (
     AUDIO,
     GEMMA_NORMS,
     MTP,
+    PRE,
     QK_NORM,
     ROUTER,
     SHARED_GATED,
@@ -101,6 +102,7 @@ def _delta_net(projections: Mapping[str, str], stacks: tuple[Row, ...], keep_a: 
     )
 
 
+_QWEN_VISION = ((r"(vision_tower|model\.visual|visual)\..*", VISION),)
 QWEN3_NEXT = _delta_net({"in_proj_qkvz": "qkvz h", "in_proj_ba": "2sh h"}, experts())
 QWEN3_5 = below(
     _delta_net(
@@ -109,5 +111,12 @@ QWEN3_5 = below(
         keep_a=True,
     ),
     "language_model",
-    ((r"vision_tower\..*|model\.visual\..*", VISION), (r"language_model\.mtp\..*", MTP)),
+    (*_QWEN_VISION, (r"language_model\.mtp\..*", MTP)),
+)
+QWEN3 = Family((*attention(), *QK_NORM, *mlp(), *PRE), root())
+QWEN3_VL = below(QWEN3, "language_model", _QWEN_VISION)
+MISTRAL3 = below(
+    Family((*attention("attention_bias", "attention_bias"), *mlp("mlp_bias"), *PRE), root()),
+    "language_model",
+    ((r"(model\.)?(vision_tower|multi_modal_projector)\..*", VISION),),
 )

@@ -15,6 +15,8 @@ from mlxquant.families.layout import Target
 _RAW = {
     "deepseek_v2": ("mlp.gate.weight",),
     "deepseek_v3": ("mlp.gate.weight",),
+    "glm4_moe": ("mlp.gate.weight",),
+    "glm4_moe_lite": ("mlp.gate.weight",),
     "nemotron_h": ("mixer.gate.weight",),
     "cohere": ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
 }

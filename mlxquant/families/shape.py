@@ -22,6 +22,8 @@ Ffn = Literal["dense", "moe", "none"]
 _DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 _GEMMA4 = ("gemma4", "gemma4_text")
+# Latent attention.
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 
 # Far above any model, far below what would make a plan take minutes.
 _MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
@@ -47,7 +49,8 @@ class ModelShape:
     tied: the embedding is the output head in mlx-lm's eyes (gemma3: unless the source holds lm_head.weight).
     modalities: "text", and "vision" or "audio" where the config describes parts that are not converted.
     Recurrent layers (linear, ssm): conv_channels x conv_kernel, state_heads x state_key x state_value is
-    their state. global_head_dim, global_kv_heads: of full layers where they differ from those of sliding ones (gemma4).
+    their state (lfm2 has the convolution alone).
+    global_head_dim, global_kv_heads: of full layers where they differ from those of sliding ones (gemma4).
     shared_kv_layers: so many last layers read the keys and values of the last layer of their kind before them; with
     wide_shared_ffn their feed-forward part is twice as wide. keys_are_values: full layers have no v_proj, though their
     caches hold both. per_layer_size: columns that a token's row in a second embedding, of per_layer_vocab_size rows,
@@ -111,7 +114,7 @@ class ModelShape:
             heads=heads,
             kv_heads=reader.optional("num_key_value_heads") or heads,
             head_dim=head_dim or max(1, hidden // heads),
-            intermediate_size=reader.integer("intermediate_size"),
+            intermediate_size=_ffn_width(reader),
             vocab_size=reader.integer("vocab_size"),
             context_length=reader.optional("max_position_embeddings"),
             tied=_tied(reader),
@@ -149,7 +152,11 @@ class _Reader:
                 f"config.json: model_type {model_type!r:.60} is not a family mlxquant knows",
                 hint=f"known are {', '.join(KNOWN_TYPES)}",
             )
-        return cls(model_type, module, text_config(config))
+        merged = text_config(config)  # refuses what is no object
+        inner = (config.get("text_config") or {}).get("model_type", "mistral")
+        if module == "mistral3" and inner not in ("mistral", "ministral3"):
+            raise UnsupportedError(f"config.json: a mistral3 of {inner!r:.60} is not a family mlxquant knows")
+        return cls(model_type, module, merged)
 
     def check_required(self) -> None:
         facts = FACTS[self.module]
@@ -191,7 +198,7 @@ class _Reader:
 
 
 # Keys of BASE that a family derives or has not.
-_ELSEWHERE = {"mamba2": ("num_attention_heads",), "nemotron_h": ("num_hidden_layers",)}
+_ELSEWHERE = {"mamba2": ("num_attention_heads",), "nemotron_h": ("num_hidden_layers",), "lfm2": ("intermediate_size",)}
 
 
 def flags(config: Mapping[str, Any], keys: tuple[str, ...]) -> set[str]:
@@ -209,6 +216,19 @@ def _tied(reader: _Reader) -> bool:
     if rule == "present":
         return reader.raw("tie_word_embeddings") is None or reader.flag("tie_word_embeddings")
     return rule == "always" or (rule == "config" and reader.flag("tie_word_embeddings"))
+
+
+def _ffn_width(reader: _Reader) -> int:
+    """lfm2 states a width that its model cuts to two thirds, and rounds up."""
+    if reader.module != "lfm2":
+        return reader.integer("intermediate_size")
+    width = reader.optional("block_ff_dim") or reader.integer("intermediate_size")
+    if not reader.flag("block_auto_adjust_ff_dim"):
+        return width
+    factor, multiple = reader.raw("block_ffn_dim_multiplier"), reader.integer("block_multiple_of")
+    if type(factor) not in (int, float) or not 0 < factor < 1024:
+        raise SourceError(f"config.json: block_ffn_dim_multiplier is {factor!r:.60}, expected a number from 0 to 1024")
+    return max(1, -(-int(factor * int(2 * width / 3)) // multiple)) * multiple
 
 
 def _experts(reader: _Reader) -> int:
@@ -231,8 +251,8 @@ def _moe_width(reader: _Reader) -> int:
         "qwen3_moe",
         *_DELTA_NETS,
         *_GEMMA4,
-        "deepseek_v2",
-        "deepseek_v3",
+        *_DEEPSEEK,
+        "glm4_moe",
         "nemotron_h",
     )
     return reader.integer("moe_intermediate_size" if own else "intermediate_size")
@@ -248,7 +268,7 @@ def _shared_width(reader: _Reader) -> int:
 
 
 def _latents(reader: _Reader) -> dict[str, Any]:
-    if not reader.module.startswith("deepseek"):
+    if reader.module not in _DEEPSEEK:
         return {}
     keys = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     return {key: reader.integer(key) for key in keys} | {"q_lora_rank": reader.optional("q_lora_rank") or 0}
@@ -281,6 +301,8 @@ def _recurrent(reader: _Reader) -> dict[str, Any]:
         heads, value = (reader.integer(name) for name in names)
         key = reader.optional("ssm_state_size") or reader.integer("state_size")
         channels, kernel = heads * value + 2 * reader.integer("n_groups") * key, reader.integer("conv_kernel")
+    elif reader.module == "lfm2":
+        channels, kernel, heads, key, value = reader.integer("hidden_size"), reader.integer("conv_L_cache"), 0, 0, 0
     else:
         return {}
     sizes = {"conv_channels": channels, "conv_kernel": kernel, "state_heads": heads}
@@ -325,7 +347,11 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     if module in _GEMMA4 and reader.raw("layer_types") is None:
         every = reader.integer("sliding_window_pattern")
         return ["full" if i % every == every - 1 else "sliding" for i in range(count)]
-    if module not in ("llama", "smollm3", "gpt_oss", *_GEMMA4):
+    if module == "olmo3" and reader.raw("layer_types") is None:
+        return ["sliding" if (i + 1) % 4 else "full" for i in range(count)]
+    if module == "lfm2":
+        return _lfm2_mixers(reader, count)
+    if module not in ("llama", "smollm3", "gpt_oss", "olmo3", "ministral3", "mistral3", *_GEMMA4):
         return ["full"] * count
     types = reader.sequence("layer_types", str, count)
     if types is None:  # gpt_oss alternates, starting with a window
@@ -333,6 +359,20 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     if unknown := Counter(types) - Counter({"full_attention": count, "sliding_attention": count}):
         raise UnsupportedError(f"config.json: layer_types has {', '.join(map(repr, unknown))}, which {module} has not")
     return ["sliding" if kind == "sliding_attention" else "full" for kind in types]
+
+
+def _lfm2_mixers(reader: _Reader, count: int) -> list[Mixer]:
+    """Attention where full_attn_idxs, or else layer_types, say so; convolutions elsewhere."""
+    places = reader.sequence("full_attn_idxs", int)
+    if places is None:
+        types = reader.sequence("layer_types", str, count) or []
+        places = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    if not places or not all(0 <= place < count for place in places):
+        found = f"{places!r:.60}"
+        raise SourceError(
+            f"config.json: full_attn_idxs is {found}, expected layers from 0 to {count - 1}, one at least"
+        )
+    return ["full" if i in set(places) else "linear" for i in range(count)]
 
 
 def _ffns(reader: _Reader, count: int) -> list[Ffn]:
@@ -347,7 +387,7 @@ def _ffns(reader: _Reader, count: int) -> list[Ffn]:
             set(reader.sequence("mlp_only_layers", int) or ()),
         )
         return ["dense" if i in dense or (i + 1) % step else "moe" for i in range(count)]
-    if module.startswith("deepseek"):
-        first, step = reader.integer("first_k_dense_replace", low=0), reader.integer("moe_layer_freq")
+    if module in _DEEPSEEK or module == "glm4_moe":
+        first, step = reader.integer("first_k_dense_replace", low=0), reader.optional("moe_layer_freq") or 1
         return ["moe" if i >= first and i % step == 0 else "dense" for i in range(count)]
     return ["moe"] * count

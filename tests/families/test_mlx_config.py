@@ -61,6 +61,10 @@ def test_a_tie_that_stands_at_the_root_alone_is_written_where_mlx_lm_asks():
     assert text_config(own)["tie_word_embeddings"] is False
 
 
+def test_a_key_that_mlx_lm_needs_and_transformers_5_leaves_out_is_written():
+    assert mlx_config({"model_type": "glm4_moe"})["rope_scaling"] is None
+
+
 def test_nothing_is_added_where_nothing_is_nested():
     config = llama()
     assert mlx_config(config) == config

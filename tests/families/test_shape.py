@@ -14,10 +14,15 @@ from tests import tiny
 from tests.families import checkpoints
 
 # Keys of FACTS.defaults that mlx-lm keeps elsewhere than in ModelArgs of the same module, and why.
-ELSEWHERE = {"gemma3": "ModelArgs wraps text_config; checked below"}
+ELSEWHERE = {
+    "gemma3": "ModelArgs wraps text_config; checked below",
+    "mistral3": "ModelArgs wraps text_config, read as ministral3 or as llama",
+}
+# Keys that must be there and may be null, as they mostly are: mlx_config writes them.
+NULLABLE = {"glm4_moe": {"rope_scaling"}}
 # Where ModelArgs only wraps text_config: (module, class) of the arguments that this is read by.
 INNER = {"qwen3_5": ("qwen3_5", "TextModelArgs"), "qwen3_5_moe": ("qwen3_5", "TextModelArgs"),
-         "gemma4": ("gemma4_text", "ModelArgs")}  # fmt: skip
+         "gemma4": ("gemma4_text", "ModelArgs"), "qwen3_vl": ("qwen3", "ModelArgs")}  # fmt: skip
 
 
 def arguments(module: str):
@@ -33,10 +38,10 @@ def test_defaults_and_required_keys_are_the_installed_mlx_lms(module):
     bare = (dataclasses.MISSING, dataclasses.MISSING)
     required = {n for n, f in fields.items() if (f.default, f.default_factory) == bare} - {"model_type"}
     base = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"}
-    assert required - base <= set(FACTS[module].required)
+    assert required - base - NULLABLE.get(module, set()) <= set(FACTS[module].required)
 
 
-@pytest.mark.parametrize("module", [m for m, f in FACTS.items() if f.tie == "config"])
+@pytest.mark.parametrize("module", [m for m, f in FACTS.items() if f.tie == "config" and m not in ELSEWHERE])
 def test_a_missing_tie_means_what_it_means_to_mlx_lm(module):
     field = {f.name: f for f in dataclasses.fields(arguments(module))}["tie_word_embeddings"]
     if field.default is dataclasses.MISSING:
@@ -150,6 +155,33 @@ def test_a_config_of_lies_is_one_line_that_names_the_key(key, value):
 def test_an_unknown_layer_kind_is_unsupported():
     with pytest.raises(UnsupportedError, match="chunked_attention"):
         ModelShape.from_config(llama(layer_types=["chunked_attention"] * 4))
+
+
+def test_a_family_inside_that_is_not_known_is_unsupported():
+    config = checkpoints.config(checkpoints.folder("mistral3"))
+    config["text_config"] = config["text_config"] | {"model_type": "mistral4"}
+    with pytest.raises(UnsupportedError, match="'mistral4'"):
+        ModelShape.from_config(config)
+
+
+def test_lfm2s_feed_forward_width_is_what_its_code_makes_of_the_config():
+    """LFM2-350M: 6656 in config.json, 4608 rows in the published w1 (feed_forward.w1.weight)."""
+    wanted = {"block_ff_dim": 6656, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0}
+    config = checkpoints.config(checkpoints.folder("lfm2", True)) | wanted
+    assert ModelShape.from_config(config).intermediate_size == 4608
+    assert ModelShape.from_config(config | {"block_auto_adjust_ff_dim": False}).intermediate_size == 6656
+    with pytest.raises(SourceError, match="block_ffn_dim_multiplier"):
+        ModelShape.from_config(config | {"block_ffn_dim_multiplier": float("nan")})
+
+
+def test_the_last_layers_of_gemma4_share_caches_of_those_before():
+    config = checkpoints.config(checkpoints.folder("gemma4", True))
+    shape = ModelShape.from_config(config)
+    assert (shape.shared_kv_layers, shape.global_head_dim, shape.global_kv_heads) == (2, 64, 2)
+    assert (shape.per_layer_size, shape.wide_shared_ffn, shape.modalities) == (64, True, ("text", "vision", "audio"))
+    config["text_config"] = config["text_config"] | {"num_kv_shared_layers": 4}
+    with pytest.raises(SourceError, match="num_kv_shared_layers is 4"):
+        ModelShape.from_config(config)
 
 
 def test_an_unknown_family_lists_the_known_ones():
