@@ -16,6 +16,7 @@ from mlxquant.errors import MlxquantError
 # command -> what `mlxquant --help` says of it. The file is cli/<command>.py and holds a click command `command`.
 COMMANDS = {
     "inspect": "Say what a model is: architecture, parameters, bits per weight, bytes by role.",
+    "fit": "Say whether a model fits a Mac, how fast it will be, and which level to take.",
     "convert": "Quantize a folder, a Hub id or a GGUF file into an MLX folder or a GGUF file.",
     "verify": "Prove that a converted folder or file is what its plan says and still agrees with its source.",
     "generate": "Continue one prompt.",

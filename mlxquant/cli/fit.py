@@ -1,0 +1,94 @@
+"""`mlxquant fit MODEL`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxquant.cli.fit_options import check, fit_options
+from mlxquant.cli.sections import SectionCommand
+
+if TYPE_CHECKING:
+    from mlxquant.fit.answer import Asked
+    from mlxquant.fit.subject import Subject
+    from mlxquant.machine import Machine
+
+
+@click.command(cls=SectionCommand)
+@click.argument("model", metavar="MODEL", required=False)
+@fit_options
+def command(model: str | None, **options: Any) -> None:
+    """Say whether MODEL fits a Mac, how fast it will be, and which level to take, before anything is downloaded.
+
+    MODEL is a Hub id (its headers alone are fetched), a folder, a .gguf file or a config.json; or its shape is given.
+    This machine is meant, unless another is described.
+    """
+    check(model, options)
+    if options["plot"]:
+        from mlxquant.fit.plot import check_plot
+
+        check_plot(options["plot"])
+    if options["calibrate"]:
+        from mlxquant.cli.fit_calibrate import calibrate
+
+        calibrate(str(model), options)
+        return
+    from mlxquant.cli.fit_subject import subject_of
+    from mlxquant.fit.answer import Asked
+
+    machine = machine_of(options)
+    subject = subject_of(model, options)
+    kv_bits = int(options["kv_bits"]) if options["kv_bits"] else None
+    asked = Asked.of(subject, options["context"], kv_bits=kv_bits, chunk_tokens=options["prefill_step"])
+    if options["table"] or options["plot"]:
+        say_grid(subject, machine, asked, options)
+    else:
+        say_answer(subject, machine, asked, {**options, "model": model})
+
+
+def machine_of(options: dict[str, Any]) -> Machine:
+    """The Mac that is described, else this computer."""
+    from mlxquant.machine import described, probe
+
+    words = {name: options[name] for name in ("mac", "chip", "ram", "gpu_cores")}
+    return described(**words) if any(value is not None for value in words.values()) else probe()
+
+
+def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any]) -> None:
+    from mlxquant.fit.answer import answer
+    from mlxquant.fit.calibration import load
+
+    found = answer(subject, machine, asked, every=options["every"], own=load(machine))
+    chosen = None
+    if options["pick"]:
+        from mlxquant.fit.pick import pick
+
+        name, form = options["model"] or "MODEL", options["form"]
+        chosen = pick(
+            found.rows, options["use"], machine, asked.context_tokens, name=name, form=form, kv_bits=asked.kv_bits
+        )
+    if options["as_json"]:
+        click.echo(json.dumps(found.to_json() | ({"pick": chosen.to_json()} if chosen else {})))
+        return
+    from mlxquant.cli.fit_table import show
+
+    show(found, chosen)
+
+
+def say_grid(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any]) -> None:
+    from mlxquant.fit.answer import RAM_GIB, grid
+    from mlxquant.machine import described
+
+    found = grid(subject, [described(ram=f"{gib}GB") for gib in RAM_GIB], asked, every=options["every"])
+    if options["as_json"]:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        from mlxquant.cli.fit_table import show_grid
+
+        show_grid(found)
+    if options["plot"]:
+        from mlxquant.fit.plot import plot
+
+        plot(found, options["plot"])

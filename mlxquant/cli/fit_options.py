@@ -1,0 +1,82 @@
+"""The options of `mlxquant fit`, and what they say against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mlxquant.cli.running import Tokens
+from mlxquant.cli.sections import SectionOption
+from mlxquant.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MACHINE, OUTPUT, SHAPE = "The Mac", "The answer", "A model of this shape, instead of MODEL"
+USES = ("chat", "code", "extraction", "writing")
+FORMATS = ("mlx", "gguf", "either")
+SHAPE_NAMES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active")
+_COUNT = click.IntRange(1)
+
+
+def _option(section: str, *names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=SectionOption, section=section, **settings)
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--context", type=Tokens(), help="Prompt and answer together.  [default: 8k, or the model's if less]"),
+    click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the cache, where layers can."),
+    click.option("--prefill-step", type=Tokens(), default=2048, show_default=True, help="Prompt tokens fed at once."),
+    click.option("--all", "every", is_flag=True, help="Every level that can be written, not only the usual ones."),
+    click.option("--revision", help="Branch, tag or commit, when MODEL is a Hub id."),
+    _option(MACHINE, "--mac", metavar="TEXT", help="Another Mac than this one: 'M2 8GB', 'M3 Max 40-core 64GB'."),
+    _option(MACHINE, "--chip", metavar="NAME", help="Its chip alone: M3-Pro."),
+    _option(MACHINE, "--ram", metavar="SIZE", help="Its memory, as Apple prints it: 16GB."),
+    _option(MACHINE, "--gpu-cores", type=_COUNT, help="Its GPU cores, where the chip is sold with several."),
+    _option(MACHINE, "--calibrate", is_flag=True, help="Time MODEL here, and keep this machine's own constants."),
+    _option(OUTPUT, "--pick", is_flag=True, help="Name one level, why, and the command to run."),
+    _option(OUTPUT, "--for", "use", type=click.Choice(USES), default="chat", show_default=True, help="What for."),
+    _option(OUTPUT, "--format", "form", type=click.Choice(FORMATS), default="mlx", show_default=True,
+            help="What --pick chooses from."),
+    _option(OUTPUT, "--table", is_flag=True, help="The longest context of each level on Macs of 8 to 128 GB."),
+    _option(OUTPUT, "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw that table: .png or .svg."),
+    _option(OUTPUT, "--json", "as_json", is_flag=True, help="Print one JSON object."),
+    _option(SHAPE, "--params", metavar="COUNT", help="Parameters: 7B."),
+    _option(SHAPE, "--layers", type=_COUNT, help="What is left out is as in models of that size."),
+    _option(SHAPE, "--hidden", type=_COUNT, help="Width of the residual stream."),
+    _option(SHAPE, "--heads", type=_COUNT, help="Attention heads."),
+    _option(SHAPE, "--kv-heads", type=_COUNT, help="Heads of keys and values."),
+    _option(SHAPE, "--head-dim", type=_COUNT, help="Width of one head."),
+    _option(SHAPE, "--ffn", type=_COUNT, help="Width of the feed-forward layer, or of one expert."),
+    _option(SHAPE, "--vocab", type=_COUNT, help="Tokens."),
+    _option(SHAPE, "--experts", type=click.IntRange(2), help="Experts of a layer."),
+    _option(SHAPE, "--active", type=_COUNT, help="Experts that one token asks."),
+)  # fmt: skip
+
+
+def fit_options(function: F) -> F:
+    """Adds them all, in this order."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def check(model: str | None, options: dict[str, Any]) -> None:
+    """What the command line contradicts itself in, before anything is fetched. Raises UsageError."""
+    shape = [f"--{name.replace('_', '-')}" for name in SHAPE_NAMES if options[name] is not None]
+    if (model is None) == (not shape):
+        found = f"MODEL is {model}, and {shape[0]} describes another" if shape else "no MODEL"
+        raise UsageError(found, hint="give a Hub id, a folder, a .gguf file, or --params 7B --layers 32")
+    if shape and options["params"] is None:
+        raise UsageError(f"{shape[0]} without --params", hint="write it like --params 7B --layers 32")
+    for name in ("context", "prefill_step"):
+        if options[name] == 0:
+            raise UsageError(f"--{name.replace('_', '-')} 0 has no room for a prompt", hint="use 8k, or leave it out")
+    elsewhere = [f"--{name}" for name in ("mac", "chip", "ram") if options[name] is not None]
+    if options["calibrate"] and (shape or elsewhere):
+        found = f"--calibrate times a model on this machine, and {(elsewhere or shape)[0]} describes one"
+        raise UsageError(found, hint="give a folder or a .gguf file, and leave the description out")
+    if options["pick"] and (options["table"] or options["plot"]):
+        raise UsageError("--pick is for one Mac, --table and --plot are for many", hint="leave one of them out")

@@ -1,0 +1,112 @@
+"""What MODEL of `mlxquant fit` stands for: config and headers, from the Hub, this disk, or a shape in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxquant.cli.fit_options import SHAPE_NAMES
+from mlxquant.cli.resolve import is_hub_id, resolve
+
+if TYPE_CHECKING:
+    from mlxquant.convert.gguf_source import GGUFSource
+    from mlxquant.fit.subject import Subject
+    from mlxquant.tensors import TensorSpec
+
+_CONFIG = "config.json"
+# What a config.json says of weights that are stored in a scheme we do not read; MLX's own block is `quantization`.
+_SCHEME = "quantization_config"
+
+
+def subject_of(model: str | None, options: Mapping[str, Any]) -> Subject:
+    """Raises UsageError, SourceError, UnsupportedError and HubError, each naming what was given."""
+    if model is None:
+        return _of_shape(options)
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises for an unknown ~user
+    if path.name == _CONFIG and path.is_file():
+        return _of_config(path)
+    if path.is_dir() and (path / _CONFIG).is_file() and not any(path.glob("*.safetensors")):
+        return _of_config(path / _CONFIG)
+    if is_hub_id(model):
+        return _remote(model, options["revision"])
+    return _local(resolve(model, options["revision"]))
+
+
+def _of_shape(options: Mapping[str, Any]) -> Subject:
+    from mlxquant.families.checkpoint import checkpoint
+    from mlxquant.families.proportions import config_of
+    from mlxquant.fit.subject import Subject
+    from mlxquant.units import parse_count
+
+    given = {name: options[name] for name in SHAPE_NAMES if name != "params" and options[name] is not None}
+    config = config_of(parse_count(options["params"]), **given)
+    return Subject(f"a model of {options['params']}", config, checkpoint(config))
+
+
+def _of_config(path: Path) -> Subject:
+    """The model that a config.json alone describes."""
+    from mlxquant.files.reading import read_json_object
+
+    return _published(path.resolve().parent.name, read_json_object(path))
+
+
+def _published(name: str, config: dict[str, Any], dtype: str | None = None) -> Subject:
+    """The checkpoint that a config stands for."""
+    from mlxquant.families.checkpoint import checkpoint
+    from mlxquant.fit.subject import Subject
+
+    plain = {key: value for key, value in config.items() if key != "quantization"}
+    scheme = plain.get(_SCHEME)
+    if isinstance(scheme, dict) and scheme.get("quant_method") != "mxfp4":
+        del plain[_SCHEME]
+    return Subject(name, plain, checkpoint(plain, dtype))
+
+
+def _of_gguf(name: str, source: GGUFSource) -> Subject:
+    from mlxquant.fit.subject import Subject
+
+    file = source.file
+    return Subject(name, source.config, source.specs, source.quantized, gguf=(file.typed, file.tensors))
+
+
+def _of_specs(name: str, config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Subject:
+    """A checkpoint, or an MLX folder whose packed tensors stand for one."""
+    from mlxquant.fit.stored import stored_mlx
+    from mlxquant.fit.subject import Subject
+    from mlxquant.plan.packed import as_floats
+
+    if isinstance(config.get("quantization"), dict):
+        plain, floats, packed = as_floats(config, specs)
+        rounded = {key: weight.format for key, weight in packed.items()}
+        return Subject(name, plain, floats, rounded, stored_mlx(config, specs))
+    if config.get(_SCHEME) and not Subject(name, config, specs).published_mxfp4:
+        return _published(name, config)  # FP8 and the like: the floats that it stands for
+    return Subject(name, config, specs)
+
+
+def _remote(model: str, revision: str | None) -> Subject:
+    if model.endswith(".gguf"):
+        from mlxquant.convert.gguf_source import GGUFSource
+        from mlxquant.hub.front import read_front
+
+        front, _, _ = read_front(model, revision, GGUFSource, lambda found: found.front_bytes)
+        return _of_gguf(model, front)
+    from mlxquant.hub.headers import remote_specs
+
+    remote = remote_specs(model, revision)
+    return _of_specs(model, remote.config, remote.specs)
+
+
+def _local(path: Path) -> Subject:
+    from mlxquant.convert.sources import is_gguf
+
+    if is_gguf(path):
+        from mlxquant.convert.gguf_source import GGUFSource
+
+        return _of_gguf(path.name, GGUFSource(path))
+    from mlxquant.files.hf_folder import HFFolder
+
+    folder = HFFolder(path)
+    return _of_specs(path.resolve().name, folder.config, folder.specs)

@@ -1,0 +1,182 @@
+"""The whole answer: every level of one model on one machine, and the grid of one model over machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mlxquant.fit.cache import Cache, cache_of
+from mlxquant.fit.calibration import Own
+from mlxquant.fit.levels import levels, refused
+from mlxquant.fit.memory import advice, limit_bytes, longest_context, need, verdict
+from mlxquant.fit.speed import speed
+from mlxquant.fit.subject import Subject
+from mlxquant.fit.values import Level, Row
+from mlxquant.fit.work import work
+from mlxquant.machine import Machine
+
+CONTEXT_TOKENS = 8192  # of a chat; `generate` and `chat` plan for the same unless told otherwise
+CHUNK_TOKENS = 2048  # mlx-lm's prefill_step_size
+PROMPT_TOKENS = 2048
+DEPTHS_TOKENS = (0, 4096, 16384)
+CEILING_TOKENS = 2**20  # where a config does not say what context the model was made for
+RAM_GIB = (8, 16, 24, 32, 48, 64, 128)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run would be. kv_bits: None keeps keys and values in 16 bits."""
+
+    context_tokens: int = CONTEXT_TOKENS
+    kv_bits: int | None = None
+    chunk_tokens: int = CHUNK_TOKENS
+
+    @classmethod
+    def of(cls, subject: Subject, context_tokens: int | None = None, **others: Any) -> Asked:
+        """A context that was not asked for is 8k, or what the model was made for if that is less."""
+        made_for = subject.shape.context_length or CONTEXT_TOKENS
+        return cls(context_tokens or min(CONTEXT_TOKENS, made_for), **others)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`rows`: one for each level. `refused`: levels that cannot be written -> why."""
+
+    subject: Subject
+    machine: Machine
+    asked: Asked
+    cache: Cache
+    rows: tuple[Row, ...]
+    refused: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values. Bytes, tokens, tokens a second and seconds."""
+        return {
+            "model": self.subject.name,
+            "model_type": self.subject.shape.model_type,
+            "layers": self.subject.shape.layers,
+            "made_for_tokens": self.subject.shape.context_length,
+            "machine": asdict(self.machine) | {"limit_bytes": limit_bytes(self.machine)},
+            **asdict(self.asked),
+            "cache": {
+                "bytes_per_token": self.cache.bytes_per_token,
+                "layers": [{"kind": kind, "layers": count} for kind, count, *_ in self.cache.layers],
+                "notes": list(self.cache.notes),
+            },
+            "levels": [_row_json(row) for row in self.rows],
+            "refused": dict(self.refused),
+        }
+
+
+def answer(subject: Subject, machine: Machine, asked: Asked, *, every: bool = False, own: Own | None = None) -> Answer:
+    """What each level of `subject` takes on `machine`, and how fast it is. `every`: all levels, not only the usual.
+
+    Raises SourceError and UnsupportedError for a model that cannot be reckoned with, naming what it is.
+    """
+    shape, cost = subject.shape, work(subject)
+    plain, small = cache_of(shape), cache_of(shape, kv_bits=8)
+    cache = cache_of(shape, kv_bits=asked.kv_bits)
+    depths = tuple(sorted({*DEPTHS_TOKENS, asked.context_tokens}))
+    ceiling, chunk = shape.context_length or CEILING_TOKENS, asked.chunk_tokens
+
+    def row(level: Level) -> Row:
+        needed = need(level, cache, shape, machine, asked.context_tokens, chunk)
+        return Row(
+            level,
+            needed,
+            verdict(needed, machine),
+            longest_context(level, plain, shape, machine, chunk, ceiling),
+            longest_context(level, small, shape, machine, chunk, ceiling) if small.quantizable else None,
+            speed(level, cost, cache, machine, depths, PROMPT_TOKENS, own),
+        )
+
+    rows = tuple(map(row, levels(subject, every)))
+    return Answer(subject, machine, asked, cache, _advised(rows, subject, machine, asked), refused(subject))
+
+
+def _advised(rows: Sequence[Row], subject: Subject, machine: Machine, asked: Asked) -> tuple[Row, ...]:
+    """With what would help each level that does not fit at ease."""
+    return tuple(
+        row if row.verdict == "fits" else replace(row, advice=tuple(advice(row.level, subject.shape, machine, asked)))
+        for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The longest context of each level (tokens; 0: not even one) on machines of each RAM, new macOS and old."""
+
+    subject: Subject
+    asked: Asked
+    machines: tuple[Machine, ...]
+    levels: tuple[Level, ...]
+    longest: tuple[tuple[int, ...], ...]
+    older: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: a list of levels, each with its longest context in tokens on each machine."""
+        return {
+            "model": self.subject.name,
+            "kv_bits": self.asked.kv_bits,
+            "chunk_tokens": self.asked.chunk_tokens,
+            "made_for_tokens": self.subject.shape.context_length,
+            "memory_bytes": [machine.memory_bytes for machine in self.machines],
+            "levels": [
+                {
+                    "level": level.key,
+                    "bytes": level.nbytes,
+                    "longest_tokens": list(new),
+                    "older_macos_longest_tokens": list(old),
+                }
+                for level, new, old in zip(self.levels, self.longest, self.older, strict=True)
+            ],
+        }
+
+
+def grid(subject: Subject, machines: Iterable[Machine], asked: Asked, *, every: bool = False) -> Grid:
+    """The longest context that fits, for every level on every machine. Raises as `answer`."""
+    shape, machines = subject.shape, tuple(machines)
+    cache, ceiling = cache_of(shape, kv_bits=asked.kv_bits), shape.context_length or CEILING_TOKENS
+    shown = levels(subject, every)
+
+    def longest(level: Level, machine: Machine) -> int:
+        return longest_context(level, cache, shape, machine, asked.chunk_tokens, ceiling)
+
+    new = tuple(tuple(longest(level, machine) for machine in machines) for level in shown)
+    old = tuple(tuple(longest(level, machine.with_older_macos()) for machine in machines) for level in shown)
+    return Grid(subject, asked, machines, shown, new, old)
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    level = row.level
+    return {
+        "level": level.key,
+        "format": level.format,
+        "name": level.name,
+        "options": list(level.options),
+        "bytes": level.nbytes,
+        "bpw": level.bpw,
+        "loaded_bytes": level.loaded_bytes,
+        "token_bytes": level.token_bytes,
+        "header_bytes": level.header_bytes,
+        "need": asdict(row.need) | {"total_bytes": row.need.total_bytes},
+        "verdict": row.verdict,
+        "longest_tokens": row.longest_float,
+        "longest_tokens_8bit": row.longest_8bit,
+        "speed": _speed_json(row),
+        "remarks": list(level.remarks),
+        "advice": list(row.advice),
+    }
+
+
+def _speed_json(row: Row) -> dict[str, Any] | None:
+    if row.speed is None:
+        return None
+    return {
+        "decode_tok_s": [{"depth_tokens": depth} | asdict(found) for depth, found in row.speed.decode],
+        "prompt_tokens": row.speed.prompt_tokens,
+        "prefill_tok_s": asdict(row.speed.prefill),
+        "ttft_s": asdict(row.speed.ttft_s),
+        "engine": row.speed.engine,
+    }
