@@ -25,7 +25,7 @@ def subject_of(model: str | None, options: Mapping[str, Any]) -> Subject:
     if model is None:
         return _of_shape(options)
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises for an unknown ~user
-    if path.name == _CONFIG and path.is_file():
+    if path.suffix == ".json" and path.is_file():
         return _of_config(path)
     if path.is_dir() and (path / _CONFIG).is_file() and not any(path.glob("*.safetensors")):
         return _of_config(path / _CONFIG)
@@ -49,7 +49,8 @@ def _of_config(path: Path) -> Subject:
     """The model that a config.json alone describes."""
     from mlxquant.files.reading import read_json_object
 
-    return _published(path.resolve().parent.name, read_json_object(path))
+    name = path.resolve().parent.name if path.name == _CONFIG else path.stem
+    return _published(name, read_json_object(path))
 
 
 def _published(name: str, config: dict[str, Any], dtype: str | None = None) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -134,11 +134,25 @@ def _notes(answer: Answer) -> Iterator[str]:
     elif answer.machine.bandwidth_bytes_per_s is None:
         yield "no speeds: the memory bandwidth of this machine is not known; --chip names a chip, --calibrate times"
     yield from answer.cache.notes
+    if any(row.longest_8bit is not None and row.longest_8bit < row.longest_float for row in answer.rows):
+        yield "8-bit KV in MLX: attention over it is not fused and holds scores, so a smaller --prefill-step pays"
     yield from dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
-    advised = next((row for row in answer.rows if row.advice), None)
+    advised = next((row for row in reversed(_of_one_format(answer.rows)) if row.advice), None)
     if advised is not None:
         yield f"what helps {advised.level.key}:"
         yield from (f"  {line}" for line in advised.advice)
+    yield from _refusals(answer)
+
+
+def _of_one_format(rows: Sequence[Row]) -> list[Row]:
+    """MLX's where there are any: of those the last that does not fit at ease is the nearest to it."""
+    return [row for row in rows if row.level.format == rows[0].level.format]
+
+
+def _refusals(answer: Answer) -> Iterator[str]:
+    if answer.subject.quantized and answer.refused:
+        yield f"{len(answer.refused)} levels would round again what is quantized: make them of the full-precision model"
+        return
     for key, why in list(answer.refused.items())[:_REFUSED]:
         yield f"{key} cannot be written: {why}"
     if len(answer.refused) > _REFUSED:
