@@ -23,6 +23,8 @@ _ENTRY_BYTES, _INFO_BYTES = 74, 40
 # What one token adds to a GGUF header, bytes: its text and its length, its kind, its merge or its score. Of 19
 # vocabularies those with merges take 35 to 61 (some list more than two merges a token), those without 20 to 27.
 _TOKEN_BYTES_WITH_MERGES, _TOKEN_BYTES = 39, 23
+_PIECES = ("llama", "mistral", "mixtral", "phi3")  # with the vocabulary of Llama 2 and its like: 32,000 to 32,768
+_MOST_PIECES = 33_000
 _KEYS_BYTES = 4_000  # the architecture's keys, special tokens, a chat template
 
 
@@ -56,16 +58,23 @@ def parameters(config: Mapping[str, Any]) -> int:
 def header_bytes(form: str, vocab_size: int, names: Iterable[str], merges: bool = True) -> int:
     """What a model's files hold beside tensors, about.
 
-    `form`: 'mlx' (`names`: all stored arrays, scales and biases among them) or 'gguf'. `merges`: the vocabulary is a
-    byte-level BPE, as most are but those of Llama 2, Mistral 7B, Phi-3 and Gemma to 3.
+    `form`: 'mlx' (`names`: all stored arrays, scales and biases among them) or 'gguf'. `merges`: see has_merges().
 
-    Within 4 % for MLX. For GGUF within 1 % of Qwen's, SmolLM's and others that have one merge a token; 36 % (3 MB) too
-    low for Llama 3's and its like.
+    Within 4 % for MLX. For GGUF within 1 % where the vocabulary has one merge a token, as Qwen's; 36 % (3 MB) too low
+    for Llama 3's and its like, which list more.
     """
     if form == "mlx":
         return sum(len(name) + _ENTRY_BYTES for name in names)
     per_token = _TOKEN_BYTES_WITH_MERGES if merges else _TOKEN_BYTES
     return vocab_size * per_token + sum(len(name) + _INFO_BYTES for name in names) + _KEYS_BYTES
+
+
+def has_merges(config: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer is a byte-level BPE, as most are, rather than SentencePiece's pieces with scores: a guess,
+    since config.json does not say. Gemma to 3 and small vocabularies of the first Llamas have pieces."""
+    family, vocab = str(config.get("model_type")), text_config(config).get("vocab_size")
+    small = family in _PIECES and type(vocab) is int and vocab <= _MOST_PIECES
+    return not small and (not family.startswith("gemma") or family.startswith("gemma4"))
 
 
 def _flags(config: Mapping[str, Any], shape: ModelShape) -> set[str]:

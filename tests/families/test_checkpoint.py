@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.checkpoint import checkpoint, header_bytes, parameters
+from mlxquant.families.checkpoint import checkpoint, has_merges, header_bytes, parameters
 from mlxquant.families.mlx_layout import layout
 from mlxquant.files.shards import assign
 from mlxquant.plan.gguf_plan import plan_checkpoint
@@ -82,3 +82,11 @@ def test_header_of_an_mlx_folder_is_near(bits):
     plan = make_plan(about, checkpoint(about), settings(bits=bits, recipe="uniform"))
     (shard,) = assign([tensor.parts for tensor in plan.tensors])
     assert header_bytes("mlx", 512, shard.specs) == pytest.approx(len(shard.header), rel=0.08)
+
+
+def test_tokenizers_are_guessed():
+    for family, vocab, merges in (
+        ("llama", 32_000, False), ("llama", 128_256, True), ("mistral", 32_768, False), ("mistral", 131_072, True),
+        ("qwen3", 151_936, True), ("gemma3_text", 262_208, False), ("gemma4_text", 262_144, True),
+    ):  # fmt: skip
+        assert has_merges({"model_type": family, "vocab_size": vocab}) is merges
