@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxquant.fit.cache import Cache, cache_of
 from mlxquant.fit.calibration import Own
-from mlxquant.fit.levels import levels, refused
+from mlxquant.fit.levels import levels, survey
 from mlxquant.fit.memory import advice, limit_bytes, longest_context, need, verdict
 from mlxquant.fit.speed import speed
 from mlxquant.fit.subject import Subject
@@ -91,8 +91,9 @@ def answer(subject: Subject, machine: Machine, asked: Asked, *, every: bool = Fa
             speed(level, cost, cache, machine, depths, PROMPT_TOKENS, own),
         )
 
-    rows = tuple(map(row, levels(subject, every)))
-    return Answer(subject, machine, asked, cache, _advised(rows, subject, machine, asked), refused(subject))
+    found = survey(subject, every)
+    rows = _advised(tuple(map(row, found.levels)), subject, machine, asked)
+    return Answer(subject, machine, asked, cache, rows, found.refused)
 
 
 def _advised(rows: Sequence[Row], subject: Subject, machine: Machine, asked: Asked) -> tuple[Row, ...]:
