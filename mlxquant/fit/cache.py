@@ -31,13 +31,14 @@ PREFILL_STEP = 2048  # mlx-lm's prefill_step_size
 Kind = Literal["full", "quantized", "sliding", "rotating", "latent", "expanded",
                "linear", "ssm", "shared", "none", "state", "mixed"]  # fmt: skip
 
-_LATENT = ("deepseek_v3",)
+_LATENT = ("deepseek_v3", "glm4_moe_lite")
 # Whose attention fails when its cache gives codes, scales and biases in place of an array (mlx-lm 0.32, the file of
 # that name): stock scaled_dot_product_attention and a key of full shape are what it needs.
 _UNREADABLE: Mapping[str, str] = {
     "gemma2": "attention with a soft cap reads no quantized cache",
     "gpt_oss": "attention with sinks reads no quantized cache",
     "deepseek_v3": "MLA reads no quantized cache",
+    "glm4_moe_lite": "MLA reads no quantized cache",
     "phi": "phi's attention reads no quantized cache",
     "stablelm": "stablelm's attention reads no quantized cache",
 }

@@ -27,6 +27,7 @@ SMALL = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "vocab_size": VO
 WIDE = {
     "deepseek_v2": {"qk_rope_head_dim": 32, "v_head_dim": 64},
     "deepseek_v3": {"qk_rope_head_dim": 64, "kv_lora_rank": 64},
+    "glm4_moe_lite": {"qk_rope_head_dim": 64, "kv_lora_rank": 64},
 }
 OPTIONS = [{}, {"kv_bits": 8}, {"kv_bits": 4, "group_size": 32}, {"max_kv_size": 48}]
 # Across a growth step, over the window and under it, chunks that are no multiple of a step, one token at a time.
