@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxquant.fit.memory import limit_bytes
+from mlxquant.plan.gguf_types import few
 from mlxquant.units import GIB, format_bytes, format_count, format_number
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _PIPE_CHARS = 200  # nobody wraps what goes into a pipe
 _VERDICTS = {"fits": ("yes", "green"), "tight": ("tight", "yellow"), "no": ("no", "red")}
-_REFUSED = 3  # lines of levels that cannot be written, before they are counted only
+_REFUSED = 3  # lines of levels that cannot be written
 
 
 def console() -> Console:
@@ -153,10 +154,13 @@ def _refusals(answer: Answer) -> Iterator[str]:
     if answer.subject.quantized and answer.refused:
         yield f"{len(answer.refused)} levels would round again what is quantized: make them of the full-precision model"
         return
-    for key, why in list(answer.refused.items())[:_REFUSED]:
-        yield f"{key} cannot be written: {why}"
-    if len(answer.refused) > _REFUSED:
-        yield f"{len(answer.refused) - _REFUSED} more levels cannot be written; --json names them"
+    alike: dict[str, list[str]] = {}
+    for key, why in answer.refused.items():
+        alike.setdefault(why, []).append(key)
+    for why, keys in list(alike.items())[:_REFUSED]:
+        yield f"{few(keys)} cannot be written: {why}"
+    if len(alike) > _REFUSED:
+        yield "and others, for other reasons: --json names them"
 
 
 def show_grid(grid: Grid) -> None:
