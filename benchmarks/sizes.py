@@ -87,7 +87,7 @@ def predict(model: str, level: str, differs: str = "", whole_file: bool = True) 
     """Bytes of the file, or of its tensors alone.
 
     `differs`, of published files: 'head twice': a tied head written beside the embedding; 'vision': Gemma 3's tower;
-    'groups of 32'; 'experts MXFP4'.
+    'groups of 32' or '128'; 'experts MXFP4'.
     """
     form, name = level.split()
     config = config_of(model)
@@ -104,7 +104,7 @@ def predict(model: str, level: str, differs: str = "", whole_file: bool = True) 
 def _mlx(config: dict[str, Any], bits: int, differs: str, whole_file: bool) -> int:
     floats = {key: value for key, value in config.items() if key != "quantization_config"}
     sets = ["experts.*weight=mxfp4"] if "experts MXFP4" in differs else []
-    group_size = 32 if "groups of 32" in differs else 64
+    group_size = next((size for size in (32, 128) if f"groups of {size}" in differs), 64)
     asked = settings(bits=bits, group_size=group_size, recipe="uniform", sets=sets)
     plan = make_plan(floats, checkpoint(floats), asked)
     parts = [part for tensor in plan.tensors for part in tensor.parts]
