@@ -13,6 +13,7 @@ from mlxquant.machine import Machine
 from mlxquant.units import format_bytes, format_count, format_number
 
 RAM_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # as Apple sells or sold them: macs.toml
+USEFUL_TOKENS = 1024  # less is no conversation, and not worth naming
 _MILLI = 1000
 _ROOM = {
     "plenty": "memory is plenty",
@@ -118,7 +119,7 @@ def offers(row: Row, limit: int, context_tokens: int, kv_bits: int | None) -> It
     need, small = row.need, row.longest_8bit or 0
     if kv_bits is None and small >= context_tokens:
         yield "this context with --kv-bits 8"
-    elif longest := max(row.longest_float, small):
+    elif (longest := max(row.longest_float, small)) >= USEFUL_TOKENS:
         yield f"--context {longest}" + (" --kv-bits 8" if small > row.longest_float else "")
     if ram := _ram_for(need.total_bytes):
         yield f"a Mac with {ram} GB of memory"
