@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from mlxquant.fit.speed import (  # noqa: E402
     decode_width,
     prefill_s,
     prefill_width,
+    prompt_weights,
 )
 from mlxquant.macs import bandwidth  # noqa: E402
 
@@ -45,11 +46,12 @@ ENGINES = {
     "gguf": "llama.cpp b7948-b10333, Metal with flash attention (2026)",
 }
 DATE = "2026-11-21"
-COVERAGE = 0.87  # of the fit's own left-out rows, so that four of five of others are held
+COVERAGE = 0.9  # of the fit's own left-out rows, so that four of five of others are held
 DEEP_TOKENS = 300
+LEAST_UNSEEN = 1.25  # a range is that much wider on a chip that was not seen, even where those left out did well
 FLOOR = 0.3  # of a range's width, where all of the time is reading weights
 
-# name: (start, whether the data of each engine tells it). Starts: bandwidth efficiency and layer times as commonly
+# Where each parameter starts, and what the prior holds it to. Bandwidth efficiency and layer times as commonly
 # reported; an M1 core does 0.33 TFLOPS (Apple: 2.6 with 8 cores), 0.22 of it in practice.
 DECODE = {
     "efficiency": 0.9,
@@ -87,9 +89,10 @@ def chip_of(point: Point, known: Iterable[str]) -> Chip:
 
 
 def load_of(point: Point) -> Load:
+    of_prompt = prompt_weights(point.engine, point.active, point.head, point.layers, point.shared)
     return Load(
-        point.weight_bytes, point.cache_bytes, point.active, point.attention_flops, point.layers, point.recurrent,
-        point.moe, blocks_of(point.bits.removeprefix("UD-"), 8 * point.weight_bytes / point.active),
+        point.weight_bytes, point.cache_bytes, point.active, of_prompt, point.attention_flops, point.layers,
+        point.recurrent, point.moe, blocks_of(point.bits.removeprefix("UD-"), 8 * point.weight_bytes / point.active),
     )  # fmt: skip
 
 
@@ -186,9 +189,7 @@ def fit_prefill(rows: Sequence[Point], constants: dict[str, Constants]) -> dict[
 
     def predict(x: np.ndarray) -> np.ndarray:
         at = made(x)
-        return np.log(
-            [prefill_s(at[p.engine], a, c, p.prompt) for p, a, c in zip(rows, loads, chips, strict=True)]
-        )
+        return np.log([prefill_s(at[p.engine], a, c, p.prompt) for p, a, c in zip(rows, loads, chips, strict=True)])
 
     target = np.log([p.prompt / p.prefill for p in rows])
     return made(robust(predict, target, weights(rows), first))
@@ -211,14 +212,15 @@ class Miss:
     unit: float  # the width that a spread of 1 would give
 
 
-def misses(fitted: Fitted, rows: Iterable[Point]) -> list[Miss]:
+def misses(fitted: Fitted, rows: Iterable[Point], dated: bool = True) -> list[Miss]:
+    """dated: old builds of llama.cpp as such; else all rows as mlxquant answers, which knows of no builds."""
     found = []
     for p in rows:
         at = fitted.constants[p.engine]
         chip, load = chip_of(p, at.chips), load_of(p)
         kind = "moe" if p.moe else "dense"
         if p.decode:
-            off = -np.log(decode_of(at, fitted.old, p, chip) * p.decode)
+            off = -np.log(decode_of(at, fitted.old, p if dated else replace(p, old=False), chip) * p.decode)
             width = decode_width(at, load, chip) if at.decode_spread else 0.0
             bare = replace(at, decode_spread={kind: 1.0, "floor": FLOOR}, unseen={"decode": 1.0, "prefill": 1.0})
             found.append(Miss(p, "decode", float(off), width, decode_width(bare, load, chip)))
@@ -244,7 +246,12 @@ def out_of_date(point: Point) -> bool:
 
 
 def spread_of(found: Sequence[Miss], share: float = COVERAGE) -> float:
-    return float(np.quantile([abs(m.off) / m.unit for m in found], share)) if found else 1.0
+    """The width that holds `share` of what was found, and more where it was found on few models: Student's t, about."""
+    if not found:
+        return 1.0
+    models = max(2, len({m.point.model for m in found}))
+    few = (1 + 1 / models) ** 0.5 * (1 + 0.66 / (models - 1))
+    return few * float(np.quantile([abs(m.off) / m.unit for m in found], share))
 
 
 def with_ranges(fitted: Fitted, rows: Sequence[Point]) -> Fitted:
@@ -265,11 +272,14 @@ def with_ranges(fitted: Fitted, rows: Sequence[Point]) -> Fitted:
                 else spread_of([m for m in own if m.what == what and not m.point.moe])
                 for kind in ("dense", "moe")
             }
-        unseen = {
-            what: max(1.0, spread_of([replace(m, unit=m.unit * spreads[what]["moe" if m.point.moe else "dense"])
-                                      for m in away if m.what == what]))
-            for what in ("decode", "prefill")
-        }  # fmt: skip
+        unseen = {}
+        for what in ("decode", "prefill"):
+            far = [
+                replace(m, unit=m.unit * spreads[what]["moe" if m.point.moe else "dense"])
+                for m in away
+                if m.what == what
+            ]
+            unseen[what] = max(LEAST_UNSEEN, spread_of(far))
         chips = tuple(sorted({p.chip for p in rows if p.engine == engine and p.decode}))
         made[engine] = replace(
             at, decode_spread=spreads["decode"] | {"floor": FLOOR}, prefill_spread=spreads["prefill"], unseen=unseen,
@@ -288,17 +298,20 @@ def rounded(value: object) -> object:
 
 
 def content(rows: Sequence[Point], fitted: Fitted) -> str:
-    return json.dumps(
-        {
-            "made_by": "benchmarks/fit_speed.py",
-            "date": DATE,
-            "rows": len(rows),
-            "data_sha256": hashlib.sha256((fit_lines() + MODELS.read_text()).encode()).hexdigest(),
-            "engines": {engine: rounded(asdict(at)) for engine, at in fitted.constants.items()},
-            "old_llama_cpp": rounded(fitted.old),
-        },
-        indent=1,
-    ) + "\n"
+    return (
+        json.dumps(
+            {
+                "made_by": "benchmarks/fit_speed.py",
+                "date": DATE,
+                "rows": len(rows),
+                "data_sha256": hashlib.sha256((fit_lines() + MODELS.read_text()).encode()).hexdigest(),
+                "engines": {engine: rounded(asdict(at)) for engine, at in fitted.constants.items()},
+                "old_llama_cpp": rounded(fitted.old),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def main() -> None:

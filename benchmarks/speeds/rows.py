@@ -1,7 +1,7 @@
 """Published speeds as the fit sees them: measured.csv beside what each model is (models.csv).
 
-Columns added to measured.csv: model_key (a row of models.csv), use ('decode', 'prefill', both, 'ollama' or nothing), why
-(the reason a row or its prefill is left out), split ('fit' or 'held-out', by model: see `halves`).
+Columns added to measured.csv: model_key (a row of models.csv), use ('decode', 'prefill', 'decode+prefill', 'ollama' or
+nothing), why (the reason a row or its prefill is left out), split ('fit' or 'held-out', by model: see `halves`).
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Point:
     bits: str = ""
     recurrent: int = 0
     depth: float = 0.0
+    head: int = 0
+    shared: int = 0
 
 
 def points(splits: Iterable[str] = ("fit",), uses: Iterable[str] = ("decode", "prefill")) -> list[Point]:
@@ -116,6 +118,8 @@ def point(line: int, row: dict[str, str], model: dict[str, str]) -> Point:
         row["quant"],
         int(model["recurrent"]),
         depth,
+        int(model["head"]),
+        int(model["shared"]),
     )
 
 
@@ -163,3 +167,28 @@ def fit_lines() -> str:
     """The text of the rows that the fit reads, for its hash: a held-out row may change without a trace."""
     with MEASURED.open(newline="") as file:
         return "\n".join(",".join(row.values()) for row in csv.DictReader(file) if row["split"] == "fit")
+
+
+def halves(rows: list[dict[str, str]], moe: dict[str, bool]) -> dict[str, str]:
+    """{model: half}. By what a model is and how often it was measured, never by how fast it was.
+
+    Models of one kind (with experts or not, measured with MLX, llama.cpp or both) go, the most measured first, to the
+    half that has fewer rows of that kind; the hash of the name decides where both are alike.
+    """
+    used = [row for row in rows if row["use"] not in ("", "ollama")]
+    counts = Counter(row["model_key"] for row in used)
+    kinds: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for key in counts:
+        engines = {"mlx" if "mlx" in row["engine"] else "llama.cpp" for row in used if row["model_key"] == key}
+        kinds.setdefault((moe[key], tuple(sorted(engines))), []).append(key)
+    half = {}
+    for keys in kinds.values():
+        taken = {"fit": 0, "held-out": 0}
+        for key in sorted(keys, key=lambda key: (-counts[key], _hash(key))):
+            chosen = half[key] = min(taken, key=lambda name: (taken[name], _hash(name + key)))
+            taken[chosen] += counts[key]
+    return half
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -28,9 +28,10 @@ ONE_MODEL_WIDTH = 0.2  # one model says how fast the machine is, not how that sp
 
 @dataclass(frozen=True)
 class Trial:
-    """One timed case. Bytes and weights are those of one decoded token; cache_bytes at the case's mean depth.
+    """One timed case. Bytes are those of one decoded token; cache_bytes at the case's mean depth.
 
-    likely_s: what speed() reckons for it without calibration, None on a machine without published bandwidth.
+    prompt_flops: of its whole prompt. bandwidth_bytes_per_s: published or measured. likely_s: what speed() reckons for
+    it without calibration, None on a machine without published bandwidth.
     """
 
     engine: str
@@ -40,8 +41,8 @@ class Trial:
     layers: int
     moe: bool
     active_weights: int
-    attention_flops: int
     prompt_tokens: int
+    prompt_flops: float
     decode_s: float
     prefill_tok_s: float
     bandwidth_bytes_per_s: float
@@ -52,7 +53,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Own:
-    """Decode: `scale` times the general model, or seconds = byte_s * bytes + layer_s * layers. Widths: of log(tok/s)."""
+    """Decode: `scale` times the general model, or seconds = byte_s * bytes + layer_s * layers.
+
+    Widths: half the range of log(tok/s).
+    """
 
     engine: str
     models: int
@@ -110,7 +114,7 @@ def own_of(trials: Sequence[Trial]) -> Own:
     ratios = [trial.decode_s / trial.likely_s for trial in trials if trial.likely_s]
     scale = statistics.median(ratios) if ratios and models == 1 else None
     off = [abs(math.log(t.decode_s / (byte_s * (t.weight_bytes + t.cache_bytes) + layer_s * t.layers))) for t in trials]
-    flops = [t.prefill_tok_s * (2 * t.active_weights + t.attention_flops * t.prompt_tokens / 2) for t in trials]
+    flops = [t.prompt_flops * t.prefill_tok_s / t.prompt_tokens for t in trials]
     return Own(
         " and ".join(sorted({f"{trial.engine} {trial.versions}" for trial in trials})),
         models,
@@ -167,7 +171,7 @@ def _listed(path: Path, found: Any) -> list[Any]:
     return found
 
 
-_POSITIVE = ("weight_bytes", "layers", "active_weights", "prompt_tokens", "decode_s", "prefill_tok_s")
+_POSITIVE = ("weight_bytes", "layers", "active_weights", "prompt_tokens", "prompt_flops", "decode_s", "prefill_tok_s")
 
 
 def _trial(path: Path, found: Any) -> Trial:

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.fit.cache import Cache
-from mlxquant.fit.calibration import Own
+from mlxquant.fit.calibration import Own, Trial
 from mlxquant.fit.values import Level, Range, Speed, Work
 from mlxquant.machine import Machine
 from mlxquant.macs import rows_of
 
 NEWEST = 5  # the generation whose small kernels are taken as 1, and the first with tensor units
+# Half a range's least width, in log(tok/s): one time in ten the same thing, measured again, is 4 % off its median.
+LEAST_WIDTH = 0.06
 FLOAT_BITS = 15  # a weight of as many bits is not unpacked
 BOTH = 3  # the exponent that joins two things which overlap: 1 would add them, infinity take the slower
 
@@ -46,12 +48,14 @@ class Chip:
 class Load:
     """What one decoded token costs. blocks: 'float', 'simple' (Q4_0, Q8_0, MXFP4, affine) or 'super' (K- and I-quants).
 
-    recurrent: layers that keep a state (linear attention, state spaces).
+    prompt_weights: those that multiply every token of a prompt. recurrent: layers that keep a state (linear attention,
+    state spaces).
     """
 
     weight_bytes: float
     cache_bytes: float
     active_weights: int
+    prompt_weights: float
     attention_flops: int
     layers: int
     recurrent: int
@@ -108,9 +112,22 @@ def decode_s(at: Constants, load: Load, chip: Chip) -> float:
     return float((read**BOTH + unpack**BOTH) ** (1 / BOTH) + small * _older(at.generation_ratio, chip))
 
 
+def prompt_flops(load: Load, tokens: int) -> float:
+    """Multiply-adds times two of a prompt in an empty cache: each token attends to half of it in the mean."""
+    return tokens * (2 * load.prompt_weights + load.attention_flops * tokens / 2)
+
+
+def prompt_weights(engine: str, active: int, head: int, layers: int, shared: int) -> float:
+    """Weights that multiply every token of a prompt: the output head multiplies the last alone.
+
+    mlx-lm evaluates the caches alone, so that the last layers, where they share the cache of others, never run.
+    """
+    return (active - head) * ((layers - shared) / layers if engine == "mlx" else 1)
+
+
 def prefill_s(at: Constants, load: Load, chip: Chip, tokens: int) -> float:
     """Seconds for a prompt of so many tokens in an empty cache."""
-    flops = tokens * (2 * load.active_weights + load.attention_flops * tokens / 2)
+    flops = prompt_flops(load, tokens)
     rate = at.prefill_flops * chip.cores * at.prefill_ratio ** (min(chip.generation, NEWEST - 1) - 1)
     rate *= (at.tensor_ratio if chip.generation >= NEWEST else 1) * (at.expert_flops_ratio if load.moe else 1)
     layer = at.chunk_layer_s + at.expert_chunk_layer_s * load.moe
@@ -122,7 +139,7 @@ def decode_width(at: Constants, load: Load, chip: Chip) -> float:
     total = decode_s(at, load, chip)
     weights = load.weight_bytes / (at.efficiency * chip.bandwidth_bytes_per_s) / total
     width = at.decode_spread["moe" if load.moe else "dense"] * (at.decode_spread["floor"] + 1 - weights)
-    return width * (1 if chip.known else at.unseen["decode"])
+    return max(LEAST_WIDTH, width) * (1 if chip.known else at.unseen["decode"])
 
 
 def prefill_width(at: Constants, load: Load, chip: Chip) -> float:
@@ -163,11 +180,31 @@ def speed(
     )
 
 
+def trial_of(
+    level: Level, work: Work, cache: Cache, machine: Machine, *, model: str, depth_tokens: int, prompt_tokens: int,
+    decode_tok_s: float, prefill_tok_s: float, bandwidth_bytes_per_s: float, date: str, versions: str,
+) -> Trial:  # fmt: skip
+    """What `keep` takes: one case that was timed by mlxquant. depth_tokens: in the cache halfway through decoding.
+
+    bandwidth_bytes_per_s: published, or measured where that is None (measure/traffic.py).
+    """
+    at, load = constants("mlx"), _load(level, work, cache, depth_tokens)
+    chips = _chips(machine, at)
+    return Trial(
+        "mlxquant", model, load.weight_bytes, load.cache_bytes, load.layers, load.moe, load.active_weights,
+        prompt_tokens, prompt_flops(load, prompt_tokens), 1 / decode_tok_s, prefill_tok_s, bandwidth_bytes_per_s, date,
+        versions, decode_s(at, load, chips[0]) if chips else None,
+    )  # fmt: skip
+
+
 def _load(level: Level, work: Work, cache: Cache, depth: int) -> Load:
-    recurrent = sum(number for kind, number, _ in cache.layers if kind in ("linear", "ssm"))
+    recurrent, shared = (
+        sum(number for kind, number, _ in cache.layers if kind in kinds) for kinds in (("linear", "ssm"), ("shared",))
+    )
+    of_prompt = prompt_weights(level.format, work.active_weights, work.head_weights, work.layers, shared)
     return Load(
-        level.token_bytes, cache.read_bytes(depth), work.active_weights, work.attention_flops, work.layers, recurrent,
-        work.moe, blocks_of(level.name, 8 * level.token_bytes / max(1, work.active_weights)),
+        level.token_bytes, cache.read_bytes(depth), work.active_weights, of_prompt, work.attention_flops, work.layers,
+        recurrent, work.moe, blocks_of(level.name, 8 * level.token_bytes / max(1, work.active_weights)),
     )  # fmt: skip
 
 
@@ -212,8 +249,7 @@ def _decode(at: Constants, load: Load, chips: tuple[Chip, ...], own: Own | None)
 def _prefill(at: Constants, load: Load, chips: tuple[Chip, ...], tokens: int, own: Own | None) -> Range:
     """Seconds to the first token."""
     if own is not None:
-        flops = tokens * (2 * load.active_weights + load.attention_flops * tokens / 2)
-        return _spread(flops / own.prefill_flops, own.prefill_width)
+        return _spread(prompt_flops(load, tokens) / own.prefill_flops, own.prefill_width)
     ends = [_spread(prefill_s(at, load, chip, tokens), prefill_width(at, load, chip)) for chip in chips]
     return Range(min(end.low for end in ends), ends[0].likely, ends[0].high)
 

@@ -47,13 +47,15 @@ class Work:
     """What a token costs whatever the level.
 
     active_weights: weights that multiply one token (active experts alone; the output head counts, an input embedding
-    does not). attention_flops: multiply-adds times two for one token and one position of context, all layers.
+    does not). head_weights: the output head's part of them, which of a prompt multiplies the last token alone.
+    attention_flops: multiply-adds times two for one token and one position of context, all layers.
     """
 
     layers: int
     moe: bool
     active_weights: int
     attention_flops: int
+    head_weights: int = 0
 
 
 @dataclass(frozen=True)

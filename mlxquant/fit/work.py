@@ -15,7 +15,7 @@ def work(subject: Subject) -> Work:
         share.of(TensorSpec(target.name, target.shape, target.dtype).size) for target, share in read_parts(subject)
     )
     shape = subject.shape
-    return Work(shape.layers, "moe" in shape.ffns, active, attention_flops(shape))
+    return Work(shape.layers, "moe" in shape.ffns, active, attention_flops(shape), shape.vocab_size * shape.hidden_size)
 
 
 def attention_flops(shape: ModelShape) -> int:
