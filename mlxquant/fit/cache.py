@@ -154,8 +154,8 @@ def cache_of(
     """
     check_settings(max_kv_size, kv_bits, group_size)
     if ignored := _window_is_ignored(shape):
-        mixers: tuple[Mixer, ...] = ("full",) * shape.layers
-        shape = replace(shape, mixers=mixers)
+        full: Mixer = "full"
+        shape = replace(shape, mixers=(full,) * shape.layers)
     if "sliding" in shape.mixers and shape.sliding_window is None:
         raise SourceError("config.json has layers with sliding attention but no sliding_window")
     wanted = _Wanted(max_kv_size, kv_bits, group_size, item_bytes)

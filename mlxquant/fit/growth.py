@@ -96,12 +96,10 @@ def rotating_lengths(feed: Feed, window: int) -> list[int]:
     lengths = []
     for size, times in feed:
         if size > 1:
-            # The unused end is cut, then all but window - 1 positions, and the chunk is joined on.
-            first = min(length, offset, window - 1) + size
-            length = min(first + (times - 1) * size, window - 1 + size)
+            # Before each chunk is joined on, the unused end is cut, then all but the last window - 1 positions.
+            length = min(min(length, offset) + size * times, window - 1 + size)
         else:
-            kept = min(length, window)
-            length = min(kept + STEP * -(-max(offset + times - kept, 0) // STEP), window)
+            length = min(length + STEP * -(-max(offset + times - length, 0) // STEP), window)
         offset += size * times
         lengths.append(length)
     return lengths

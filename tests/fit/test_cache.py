@@ -25,8 +25,8 @@ WINDOW = 24
 # Small windows that come round often; head widths that some group size divides.
 SMALL = {"sliding_window": WINDOW, "sliding_window_pattern": 2, "vocab_size": VOCAB, "tie_word_embeddings": False}
 WIDE = {
-    "deepseek_v2": {"qk_rope_head_dim": 32, "v_head_dim": 64},
-    "deepseek_v3": {"qk_rope_head_dim": 64, "kv_lora_rank": 64},
+    "deepseek_v2": {"qk_rope_head_dim": 32, "v_head_dim": 128},
+    "deepseek_v3": {"qk_rope_head_dim": 64, "kv_lora_rank": 128},
     "glm4_moe_lite": {"qk_rope_head_dim": 64, "kv_lora_rank": 64},
 }
 OPTIONS = [{}, {"kv_bits": 8}, {"kv_bits": 4, "group_size": 32}, {"max_kv_size": 48}]

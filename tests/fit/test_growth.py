@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
@@ -40,6 +40,8 @@ def test_full_caches_grow_as_mlx_lms_do(feed):
 
 @settings(max_examples=60, deadline=None)
 @given(FEEDS, WINDOWS, st.booleans())
+@example([(1, 5), (10, 2), (1, 1)], 512, False)  # a second prompt: what is allocated and not used is cut
+@example([(1, 30), (10, 2), (1, 300)], 24, True)
 def test_rotating_caches_grow_as_mlx_lms_do(feed, window, keeps):
     keep = 4 if keeps and window >= 16 else 0
     after, most = lengths(RotatingKVCache(max_size=window, keep=keep), feed)
