@@ -58,7 +58,7 @@ class Growth:
 def fed(prompt_tokens: int, new_tokens: int, prefill_step: int) -> Feed:
     """What run/generate.py feeds: all but the last prompt token in chunks, then one by one.
 
-    The last generated token is not fed.
+    The last generated token is not fed; mlx_lm.generate, a step ahead, feeds it.
     """
     chunks, rest = divmod(max(prompt_tokens - 1, 0), prefill_step)
     return [(size, times) for size, times in ((prefill_step, chunks), (rest, 1), (1, new_tokens)) if size and times]
