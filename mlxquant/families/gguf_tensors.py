@@ -37,12 +37,18 @@ _BACK: dict[Change, Change] = {"pairs": "halves", "add_one": "subtract_one", "ne
 _QKVZ = ".linear_attn.in_proj_qkvz.weight"
 
 
-def gguf_layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], tokens: int | None = None) -> Layout:
+def gguf_layout(
+    config: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    tokens: int | None = None,
+    made: Layout | None = None,
+) -> Layout:
     """The tensors that convert_hf_to_gguf.py makes of this checkpoint, in llama-quantize's order, shapes outermost
     axis first; and what was left out. Rope factors, which no checkpoint stores, are not among them.
 
     `specs`: of a Hugging Face checkpoint or of an MLX folder of the same model (floats; a packed one as plan/packed.py
     unpacks it). `tokens`: entries of the tokenizer; gemma3's embedding is cut to so many rows (conversion/gemma.py).
+    `made`: what mlx_layout.layout makes of the two, where it is known.
 
     Raises UnsupportedError for a family, or a tensor, that has no place in GGUF; SourceError for tensors missing or
     of a shape other than config.json says.
@@ -50,9 +56,10 @@ def gguf_layout(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], toke
     module = module_of_config(config)
     arch, shape = ARCHS[module], ModelShape.from_config(config)
     fused, used = views(module, specs)
-    seen = {name: spec for name, spec in specs.items() if name not in used}
-    seen |= {name: TensorSpec(name, view.shape, view.dtype) for name, view in fused.items()}
-    made = layout(config, seen)
+    if fused or made is None:
+        seen = {name: spec for name, spec in specs.items() if name not in used}
+        seen |= {name: TensorSpec(name, view.shape, view.dtype) for name, view in fused.items()}
+        made = layout(config, seen)
     targets: list[Target] = []
     for target in made.targets:
         if not _is_copied_head(target):

@@ -68,28 +68,36 @@ def survey(subject: Subject, all: bool = False) -> Survey:
     """Asks the plan of each level, the usual ones or `all` of them. No weight is read.
 
     What is quantized already is not quantized again, as `convert` would not unasked; a GGUF file's blocks are taken
-    over. Raises SourceError and UnsupportedError where the model itself is none that mlx-lm loads.
+    over. Raises SourceError and UnsupportedError for a model that neither mlx-lm nor llama.cpp has.
     """
-    first = stored_level(subject)
+    first = _as_it_is(subject)
     found: list[Level] = []
     reasons: dict[str, str] = {}
     for candidate in _candidates(subject, all):
-        if candidate.key == first.key:
+        if candidate.key in {level.key for level in first}:
             continue
         try:
             found.append(_level(subject, candidate))
         except (SourceError, PlanError, UsageError) as error:
             reasons[candidate.key] = error.message
     found.sort(key=lambda level: (level.format != "mlx", -level.nbytes))
-    return Survey((first, *found), reasons)
+    return Survey((*first, *found), reasons)
+
+
+def _as_it_is(subject: Subject) -> list[Level]:
+    """None of a checkpoint that only GGUF's converter reads, as experts fused by transformers 5."""
+    try:
+        return [stored_level(subject)]
+    except SourceError:
+        _ = subject.any_basis  # raises where there is nothing to be made of the model
+        return []
 
 
 def left_out(subject: Subject) -> tuple[tuple[str, int, int], ...]:
     """(reason, tensors, bytes) of what the source holds and a loaded model does not: vision towers, tables for further
     tokens. Raises SourceError and UnsupportedError."""
-    layout = subject.gguf_basis.layout if subject.published_mxfp4 else subject.basis.layout
     sums: defaultdict[str, list[int]] = defaultdict(list)
-    for name, reason in layout.dropped:
+    for name, reason in subject.any_basis.layout.dropped:
         sums[reason].append(subject.specs[name].nbytes)
     return tuple((reason, len(each), sum(each)) for reason, each in sums.items())
 

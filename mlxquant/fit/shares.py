@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mlxquant.families.layout import Target
@@ -63,16 +63,15 @@ def experts_share(used: int, experts: int) -> Share:
 def read_parts(subject: Subject) -> list[tuple[Target, Share]]:
     """All that the loaded model is made of, with what a token reads of it; what a conversion leaves out is not there.
 
-    As mlx-lm lays the model out; gpt-oss's published MXFP4 experts, which no MLX plan takes, as GGUF does.
-    Raises SourceError and UnsupportedError.
+    Raises SourceError and UnsupportedError for a model that neither mlx-lm nor llama.cpp has.
     """
-    if subject.published_mxfp4:
-        targets: Iterable[Target] = subject.gguf_basis.targets
-        shape = subject.shape
+    basis = subject.any_basis
+    if isinstance(basis, Basis):
+        targets, shares = basis.layout.targets, mlx_shares(basis)
+    else:
+        targets, shape = basis.targets, subject.shape
         experts = experts_share(shape.experts_per_token, shape.experts)
         shares = gguf_shares({target.name: target.shape for target in targets}, experts)
-    else:
-        targets, shares = subject.basis.layout.targets, mlx_shares(subject.basis)
     return [(target, shares[target.name]) for target in targets]
 
 

@@ -27,6 +27,8 @@ def stored_level(subject: Subject) -> Level:
         return subject.stored
     if subject.gguf is not None:
         return stored_gguf(*subject.gguf)
+    if not subject.published_mxfp4:
+        _ = subject.basis  # mlx-lm reads no other
     specs, parts = subject.specs.values(), read_parts(subject)
     sources = {spec.name: spec.nbytes for spec in specs}
     size = sum(_weights(spec) for spec in specs)

@@ -198,10 +198,15 @@ class GGUFBasis:
     source_types: Mapping[str, str]
 
 
-def lay_out_checkpoint(config: dict[str, Any], specs: Mapping[str, TensorSpec], tokens: int | None = None) -> GGUFBasis:
-    """Raises UnsupportedError and SourceError as `plan_checkpoint`."""
+def lay_out_checkpoint(
+    config: dict[str, Any],
+    specs: Mapping[str, TensorSpec],
+    tokens: int | None = None,
+    made: Layout | None = None,
+) -> GGUFBasis:
+    """`made`: the MLX model's layout, where it is known. Raises UnsupportedError and SourceError."""
     refuse_quantized_source(_without_mxfp4(config))
-    laid_out = gguf_layout(config, specs, tokens)
+    laid_out = gguf_layout(config, specs, tokens, made)
     architecture(config)
     constants = rope_tensors(config)
     source_types = {t.name: MXFP4 if t.change == "mxfp4" else t.dtype for t in laid_out.targets}
