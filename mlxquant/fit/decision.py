@@ -10,7 +10,7 @@ so that here bounds are set on what was measured (fit/divergence.py) and not on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,13 +19,16 @@ from mlxquant.fit.values import Level, Row
 
 Room = Literal["tight", "comfortable", "plenty", "none"]
 PAINFUL_TOK_S, READING_TOK_S = 5.0, 10.0
+# Where memory is plenty guides go up to 8 bits: as long as half of it stays free, for twice the context or another
+# program, and decoding stays twice as fast as it has to be. 8 bits are below this on both models that were measured.
+SPARE, NEXT_TO_NOTHING = 0.5, 0.003
 
 
 @dataclass(frozen=True)
 class Use:
-    """Bounds in nats of mean KL divergence. enough: below this more bits are not worth their bytes. good: speed is not
-    bought with more than this. worst: only where nothing better fits; what is beyond is never named. tok_s: how fast
-    decoding has to be.
+    """Bounds in nats of mean KL divergence. enough: below this more bits are taken only where they cost nothing. good:
+    speed is not bought with more than this. worst: only where nothing better fits; what is beyond is never named.
+    tok_s: how fast decoding has to be.
     """
 
     name: str
@@ -80,19 +83,28 @@ def chain_of(rows: Sequence[Row], use: Use) -> list[Choice]:
     return found
 
 
-def decide(chain: Sequence[Choice], use: Use, context_tokens: int) -> int | None:
-    """The place in the chain of the level to take; None where none fits."""
+def decide(chain: Sequence[Choice], use: Use, context_tokens: int, limit_bytes: int) -> int | None:
+    """The place in the chain of the level to take, where a model may take `limit_bytes`; None where none fits."""
     if not chain:
         return None
     cap, floor = first_within(chain, use.enough), first_within(chain, use.good)
     easy = [i for i in range(floor, cap + 1) if chain[i].row.verdict == "fits"]
-    fast = [i for i in easy if fast_enough(chain[i].row, use, context_tokens)]
+    fast = [i for i in easy if fast_enough(chain[i].row, use.tok_s, context_tokens)]
     if easy:
-        return max(fast) if fast else easy[0]
+        return max([*fast, *_beyond(chain, cap, use, context_tokens, limit_bytes)], default=easy[0])
     # Nothing that is good fits at ease: the smallest good one if it fits at all, else the best below it.
     close = [i for i in range(cap + 1) if chain[i].row.verdict != "no"]
     below = [i for i in close if i <= floor]
     return max(below) if below else min(close, default=None)
+
+
+def _beyond(chain: Sequence[Choice], cap: int, use: Use, context_tokens: int, limit_bytes: int) -> Iterator[int]:
+    """Levels better than is enough that neither memory nor speed would miss."""
+    for i in range(cap + 1, first_within(chain, NEXT_TO_NOTHING) + 1):
+        row = chain[i].row
+        spare = row.verdict == "fits" and row.need.total_bytes <= (1 - SPARE) * limit_bytes
+        if spare and row.speed and fast_enough(row, 2 * use.tok_s, context_tokens):
+            yield i
 
 
 def first_within(chain: Sequence[Choice], kl: float) -> int:
@@ -109,10 +121,10 @@ def room_of(chain: Sequence[Choice], at: int, use: Use) -> Room:
     return "comfortable" if chosen.row.verdict == "fits" and kl_of(chosen) <= use.good else "tight"
 
 
-def fast_enough(row: Row, use: Use, context_tokens: int) -> bool:
+def fast_enough(row: Row, wanted_tok_s: float, context_tokens: int) -> bool:
     """Also where no speed is known: then memory alone decides."""
     rate = tok_s(row, context_tokens)
-    return rate is None or rate >= use.tok_s
+    return rate is None or rate >= wanted_tok_s
 
 
 def tok_s(row: Row, context_tokens: int) -> float | None:

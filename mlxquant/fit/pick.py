@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mlxquant.errors import UsageError
 from mlxquant.fit.decision import USES, Choice, Room, chain_of, decide, keeps_codes, room_of
 from mlxquant.fit.divergence import Divergence
+from mlxquant.fit.memory import limit_bytes
 from mlxquant.fit.pick_words import costs, fits, neighbours, nothing
 from mlxquant.fit.values import Level, Row
 from mlxquant.machine import Machine
@@ -70,10 +71,13 @@ def pick(
         raise UsageError(f"--for {use!r} is unknown", hint=f"one of {', '.join(USES)}")
     wanted = USES[use]
     offered = [row for row in rows if form in ("either", row.level.format) or keeps_codes(row.level)]
-    chain = chain_of(offered, wanted)
-    at = decide(chain, wanted, context_tokens)
+    chain, limit = chain_of(offered, wanted), limit_bytes(machine)
+    at = decide(chain, wanted, context_tokens, limit)
     if at is None:
-        why = tuple(nothing(offered, chain, wanted, machine, context_tokens, kv_bits))
+        others = chain_of(rows, wanted)
+        other = decide(others, wanted, context_tokens, limit)
+        instead = None if other is None else others[other].row.level
+        why = tuple(nothing(offered, chain, instead, wanted, machine, context_tokens, kv_bits))
         return Pick(use, None, None, "none", why, None, "")
     chosen, room = chain[at], room_of(chain, at, wanted)
     why = (

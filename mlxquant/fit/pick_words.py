@@ -8,7 +8,7 @@ from math import floor, log10
 from mlxquant.fit.decision import Choice, Room, Use, fast_enough, keeps_codes, tok_s
 from mlxquant.fit.divergence import Divergence, divergence
 from mlxquant.fit.memory import limit_bytes
-from mlxquant.fit.values import Row
+from mlxquant.fit.values import Level, Row
 from mlxquant.machine import Machine
 from mlxquant.units import format_bytes, format_count, format_number
 
@@ -80,8 +80,10 @@ def _larger(chain: Sequence[Choice], at: int, use: Use, context_tokens: int) -> 
         return f"takes {format_bytes(row.need.total_bytes)} and does not fit"
     if row.verdict == "tight":
         return f"takes {format_bytes(row.need.total_bytes)}, with next to nothing left"
-    if rate is not None and not fast_enough(row, use, context_tokens):
-        return f"writes {format_number(rate)} tok/s, and {use.name} wants {format_number(use.tok_s)}"
+    if rate is not None and not fast_enough(row, use.tok_s, context_tokens):
+        slow = not fast_enough(chain[at - 1].row, use.tok_s, context_tokens)
+        short = "even further from the" if slow else "less than the"
+        return f"writes {format_number(rate)} tok/s, {short} {format_number(use.tok_s)} that {use.name} wants"
     more = format_bytes(row.need.total_bytes - chain[at - 1].row.need.total_bytes)
     return f"takes {more} more for {milli_nats(chain[at].cost)}, closer than {use.name} needs"
 
@@ -89,12 +91,13 @@ def _larger(chain: Sequence[Choice], at: int, use: Use, context_tokens: int) -> 
 def nothing(
     offered: Sequence[Row],
     chain: Sequence[Choice],
+    instead: Level | None,
     use: Use,
     machine: Machine,
     context_tokens: int,
     kv_bits: int | None,
 ) -> Iterator[str]:
-    """Why no level is named, and what would fit."""
+    """Why no level is named, and what would fit. `instead`: a level of the other format."""
     worse = [row for row in offered if row.verdict != "no" and divergence(row.level) and row not in _rows(chain)]
     if not chain:
         yield f"No level of this model is known to be good enough for {use.name}."
@@ -105,7 +108,8 @@ def nothing(
             f"Nothing good enough for {use.name} fits: {row.level.key}, the smallest, takes {format_bytes(total)} at "
             f"{context_tokens:,} tokens, and {machine.title} has {format_bytes(limit)} for it."
         )
-        yield f"What would fit: {'; '.join(offers(row, limit, context_tokens, kv_bits))}."
+        found = [f"{instead.key}, with --format {instead.format}"] if instead else []
+        yield f"What would fit: {'; '.join([*found, *offers(row, limit, context_tokens, kv_bits)])}."
     if worse:
         best = min(worse, key=lambda found: _known(found).kl)
         yield (

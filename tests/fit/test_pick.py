@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from mlxquant.fit.levels import LEVELS
 from mlxquant.fit.memory import limit_bytes
 from mlxquant.fit.pick import Pick, command, output_name, pick
 from mlxquant.fit.values import Level, Need, Range, Row, Speed
-from mlxquant.machine import described
+from mlxquant.machine import Machine, described
 from tests.fit.test_divergence import level as named
 
 # Bits per weight of an 8B model, about; docs/quality.md.
@@ -62,8 +63,14 @@ def speed_of(level: Level, context: int, bandwidth: float | None) -> Speed | Non
 MAC = described("M2 Max 64GB")
 
 
+def mac(limit: float) -> Machine:
+    """On which a model may take so many bytes."""
+    return replace(MAC, memory_bytes=2**40, working_set_bytes=ceil(limit / 0.95))
+
+
 def chosen(use: str, limit_gb: float, form: str = "mlx", **others: float) -> str | None:
-    found = pick(rows(limit_gb * GB, **others), use, MAC, int(others.get("context", 8192)), form=form)
+    limit = limit_gb * GB
+    found = pick(rows(limit, **others), use, mac(limit), int(others.get("context", 8192)), form=form)
     return found.row.level.name if found.row else None
 
 
@@ -71,14 +78,23 @@ def chosen(use: str, limit_gb: float, form: str = "mlx", **others: float) -> str
 @pytest.mark.parametrize(
     ("use", "limit_gb", "others", "expected"),
     [
-        # Plenty of memory: what is enough for the use, and no more.
-        ("chat", 48, {}, "5-bit"),
-        ("writing", 48, {}, "6-bit"),
-        ("code", 48, {}, "6-bit"),
-        ("extraction", 48, {}, "8-bit"),
-        ("chat", 48, {"form": "gguf"}, "Q5_K_M"),
-        ("code", 48, {"form": "gguf"}, "Q6_K"),
-        ("extraction", 48, {"form": "gguf"}, "Q8_0"),
+        # Enough memory: what is enough for the use.
+        ("chat", 14, {}, "5-bit"),
+        ("writing", 14, {}, "6-bit"),
+        ("code", 14, {}, "6-bit"),
+        ("extraction", 14, {}, "8-bit"),
+        ("chat", 14, {"form": "gguf"}, "Q5_K_M"),
+        ("code", 14, {"form": "gguf"}, "Q6_K"),
+        ("extraction", 14, {"form": "gguf"}, "Q8_0"),
+        # Plenty: more, up to 8 bits, as long as half of it and twice the speed are left.
+        ("chat", 16.4, {}, "5-bit"),
+        ("chat", 16.6, {}, "6-bit"),
+        ("chat", 20.6, {}, "8-bit"),
+        ("chat", 48, {}, "8-bit"),
+        ("chat", 48, {"form": "gguf"}, "Q8_0"),
+        ("chat", 48, {"bandwidth": 200 * GB}, "6-bit"),
+        ("code", 48, {"bandwidth": 100 * GB}, "6-bit"),
+        ("code", 48, {"bandwidth": 150 * GB}, "8-bit"),
         # Comfortable: the largest that fits.
         ("chat", 7.3, {}, "4-bit"),
         ("code", 8.0, {}, "5-bit"),
@@ -102,11 +118,11 @@ def chosen(use: str, limit_gb: float, form: str = "mlx", **others: float) -> str
         ("code", 48, {"bandwidth": 10 * GB}, "5-bit"),
         ("chat", 48, {"bandwidth": None}, "5-bit"),
         # Both formats: the smallest that is enough, then the closest that fits.
-        ("chat", 48, {"form": "either"}, "5-bit"),
+        ("chat", 14, {"form": "either"}, "5-bit"),
         ("chat", 7.3, {"form": "either"}, "Q4_K_M"),
         # A small model loses more at every level, so that it is given more bits.
-        ("chat", 48, {"size": 6 * GB // 10}, "8-bit"),
-        ("chat", 48, {"size": 6 * GB // 10, "form": "gguf"}, "Q6_K"),
+        ("chat", 4, {"size": 6 * GB // 10}, "8-bit"),
+        ("chat", 4, {"size": 6 * GB // 10, "form": "gguf"}, "Q6_K"),
     ],
 )
 def test_decision(use, limit_gb, others, expected):
@@ -126,7 +142,7 @@ slacks = st.floats(0.6, 1)
 def one(
     use: str, form: str, limit: float, context: int, bandwidth: float | None, size: int, slack: float = 0.95
 ) -> Pick:
-    return pick(rows(limit, context, bandwidth, size, slack), use, MAC, context, form=form)
+    return pick(rows(limit, context, bandwidth, size, slack), use, mac(limit), context, form=form)
 
 
 @settings(deadline=None, max_examples=300)
@@ -199,8 +215,11 @@ def test_why_says_what_fits_what_it_costs_and_what_its_neighbours_would_change()
 
 
 def test_why_says_that_a_larger_level_is_slow_or_not_needed():
-    assert "mlx 5-bit, writes 9.5" in pick(rows(48 * GB, bandwidth=75 * GB), "chat", MAC, 8192).why[2]
-    assert "closer than chat needs" in pick(rows(48 * GB), "chat", MAC, 8192).why[2]
+    slow = pick(rows(14 * GB, bandwidth=75 * GB), "chat", mac(14 * GB), 8192).why[2]
+    assert "mlx 5-bit, writes 9.55 tok/s, less than the 10 that chat wants" in slow
+    slower = pick(rows(14 * GB, bandwidth=50 * GB), "chat", mac(14 * GB), 8192).why[2]
+    assert "mlx 5-bit, writes 6.37 tok/s, even further from the 10 that chat wants" in slower
+    assert "closer than chat needs" in pick(rows(14 * GB), "chat", mac(14 * GB), 8192).why[2]
     assert "tok/s" not in pick(rows(48 * GB, bandwidth=None), "chat", MAC, 8192).why[1]
 
 
@@ -220,25 +239,31 @@ def test_nothing_fits_names_what_would():
     first, offers, other = found.why
     assert "mlx 4-bit, the smallest, takes 6.47 GB at 8,192 tokens" in first
     assert "a Mac with 16 GB of memory" in offers
+    assert "gguf" not in offers
     assert "a model of at most" in offers
     assert other.startswith("mlx 2-bit fits, but diverges by at most 6,172 ")
 
 
 def test_what_is_offered_would_fit():
-    mac = replace(MAC, working_set_bytes=round(5.7 * GB / 0.95))
-    limit = limit_bytes(mac)
-    found = pick(rows(limit, 8192), "chat", mac, 8192)
+    limit = 5.7 * GB
+    found = pick(rows(limit, 8192), "chat", mac(limit), 8192)
     assert found.why[2].startswith("mlx 3-bit fits, but diverges by at most 608 ")
     (words,) = [word for word in found.why[1].split("; ") if "--context" in word]
     context = int(shlex.split(words.split("--context ")[1])[0])
     (row,) = [r for r in rows(limit, 1) if r.level.name == "4-bit"]
     assert words.endswith("--kv-bits 8")
     assert context == row.longest_8bit > row.longest_float > 0
-    again = pick(rows(limit, row.longest_float), "chat", mac, row.longest_float)
+    again = pick(rows(limit, row.longest_float), "chat", mac(limit), row.longest_float)
     assert again.row.level.name == "4-bit"
     (model,) = [word for word in found.why[1].split("; ") if "weights at" in word]
     weights = float(model.split("at most ")[1].split("B")[0]) * GB
-    assert pick(rows(limit, 8192, size=int(0.99 * weights)), "chat", mac, 8192).row.level.name == "4-bit"
+    assert pick(rows(limit, 8192, size=int(0.99 * weights)), "chat", mac(limit), 8192).row.level.name == "4-bit"
+
+
+def test_the_other_format_is_named_where_it_fits():
+    found = pick(rows(6.2 * GB), "chat", mac(6.2 * GB), 8192)
+    assert found.row is None
+    assert found.why[1].startswith("What would fit: gguf Q3_K_M, with --format gguf; ")
 
 
 def test_a_quantized_model_is_taken_as_it_is():
