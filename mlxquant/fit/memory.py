@@ -6,12 +6,13 @@ MLX levels are reckoned as mlx-lm runs them, GGUF levels as llama.cpp does (llam
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from mlxquant.families.shape import ModelShape
 from mlxquant.fit import llamacpp
 from mlxquant.fit.cache import Cache, cache_of
-from mlxquant.fit.scratch import Prefill, activations
+from mlxquant.fit.scratch import Activations, Prefill, activations
 from mlxquant.fit.values import Level, Need, Verdict
 from mlxquant.machine import Machine
 from mlxquant.units import GIB, MIB, format_bytes
@@ -43,21 +44,27 @@ def need(
     cache_of gives it. Of a GGUF level chunk_tokens is llama.cpp's own, 512."""
     if level.format == "gguf":
         return llamacpp.need(level, cache, shape, context_tokens)
-    prefill = _prefill(level, cache, shape, machine, context_tokens, chunk_tokens)
-    largest = level.largest_bytes, cache.largest_bytes(context_tokens, chunk_tokens), prefill.largest_scores_bytes
+    made = activations(shape)
+    found = mlx_need(level.loaded_bytes, cache, made, machine, context_tokens, chunk_tokens)
+    return replace(found, largest_buffer_bytes=max(found.largest_buffer_bytes, level.largest_bytes))
+
+
+def mlx_need(
+    weight_bytes: int, cache: Cache, made: Activations, machine: Machine, context_tokens: int, chunk_tokens: int
+) -> Need:
+    """As `need`, in MLX. Of the largest buffer without the weights, which are not known one by one."""
+    # A cache shortened by --max-kv-size is a window that the config knows nothing of.
+    window = next((growth.window for kind, _, growth in cache.layers if kind == "rotating"), None)
+    quantized = any(kind == "quantized" for kind, *_ in cache.layers)
+    prefill = Prefill(made.within(window), context_tokens, chunk_tokens, machine, weight_bytes, quantized)
     return Need(
         context_tokens,
         chunk_tokens,
-        level.loaded_bytes,
+        weight_bytes,
         cache.peak_bytes(context_tokens, 1, chunk_tokens),
         prefill.scratch_bytes(cache.bytes_per_token),
-        max(largest),
+        max(cache.largest_bytes(context_tokens, chunk_tokens), prefill.largest_scores_bytes),
     )
-
-
-def _prefill(level: Level, cache: Cache, shape: ModelShape, machine: Machine, context: int, chunk: int) -> Prefill:
-    quantized = any(kind == "quantized" for kind, *_ in cache.layers)
-    return Prefill(activations(shape), context, chunk, machine, level.loaded_bytes, quantized)
 
 
 def limit_bytes(machine: Machine) -> int:

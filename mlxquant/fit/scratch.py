@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,23 +26,25 @@ NAX_WIDTH, NAX_TOKENS, NAX_GENERATION = 256, 1024, 5
 BUFFERS, BUFFER_ELEMENTS, BUFFER_LAYERS = 11, 50 * 2**20, 2
 # An array is read 1.6 times: a llama layer writes 4 hidden + 4 q + 3 k + 2 ffn columns a token and reads 11, 5, 6, 3.
 READS = 1.6
-# Product, mask, softmax, product: each reads the scores, or keys and values of the whole context.
-SCORE_KERNELS = 4
+# Product, mask, softmax, product: each reads the scores, or keys or values of the whole context. Before them keys and
+# values each are copied to a longer array.
+SCORE_KERNELS, LONGER_KERNELS = 4, 2
 # ssm.py works in squares of 256 tokens: six of them a head, in float32.
 SSM_STEP, SSM_SQUARES = 256, 6
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Layers whose attention is alike. width: of a head's keys; values may have another. expanded: columns that MLA
-    unpacks of every position of the context (deepseek_v3 caches what they are unpacked from)."""
+    """Layers whose attention is alike. width: of a head's keys; values may have another. keys: columns of keys and
+    values of one position. expanded: whether they are made anew of the whole context (MLA as deepseek_v3 has it)."""
 
     count: int
     heads: int
     width: int
     value_width: int
+    keys: int
     window: int | None = None
-    expanded: int = 0
+    expanded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Activations:
             return activations(ModelShape.from_config(config))
         except (SourceError, UnsupportedError):
             return _unknown(config)
+
+    def within(self, window: int | None) -> Activations:
+        """With attention that looks no further back than `window`; itself where that is None."""
+        if window is None:
+            return self
+        shorter = tuple(replace(kind, window=min(kind.window or window, window)) for kind in self.attention)
+        return replace(self, attention=shorter)
 
 
 @lru_cache(maxsize=64)
@@ -120,10 +129,11 @@ def _attention(shape: ModelShape) -> tuple[Attention, ...]:
     kinds = Counter(mixer for mixer in shape.mixers if mixer in ("full", "sliding"))
     found = []
     for mixer, count in kinds.items():
-        _, (width, value_width) = _heads(shape, mixer)
-        expanded = shape.heads * (shape.qk_nope_head_dim + value_width) if _is_latent(shape) else 0
+        kv_heads, (width, value_width) = _heads(shape, mixer)
+        latent = _is_latent(shape)
+        keys = shape.heads * (shape.qk_nope_head_dim + value_width) if latent else kv_heads * (width + value_width)
         window = shape.sliding_window if mixer == "sliding" else None
-        found.append(Attention(count, shape.heads, width, value_width, window, expanded))
+        found.append(Attention(count, shape.heads, width, value_width, keys, window, latent))
     return tuple(found)
 
 
@@ -152,8 +162,9 @@ def _unknown(config: Mapping[str, Any]) -> Activations:
 
     layers, heads, hidden = number("num_hidden_layers") or 1, number("num_attention_heads"), number("hidden_size")
     width, ffn = number("head_dim") or (hidden // heads if heads else 0), number("intermediate_size")
-    columns = 4 * hidden + (4 * heads + 3 * (number("num_key_value_heads") or heads)) * width + 2 * ffn
-    attention = (Attention(layers, heads, width, width),) if heads and width else ()
+    kv_heads = number("num_key_value_heads") or heads
+    columns = 4 * hidden + (4 * heads + 3 * kv_heads) * width + 2 * ffn
+    attention = (Attention(layers, heads, width, width, 2 * kv_heads * width),) if heads and width else ()
     return Activations(layers, columns, max(hidden, ffn), 0, 0, attention)
 
 
@@ -227,9 +238,12 @@ class Prefill:
     def _unfused(self) -> list[Attention]:
         return [kind for kind in self.made.attention if not self.fused(kind)]
 
+    def _positions(self, kind: Attention) -> int:
+        """Whose keys the chunk meets: a window holds the chunk and what its first token sees (cache.py)."""
+        return min(self.context_tokens, self.context_tokens if kind.window is None else kind.window - 1 + self.tokens)
+
     def _scores(self, kind: Attention) -> int:
-        keys = self.context_tokens if kind.window is None else min(self.context_tokens, kind.window - 1 + self.tokens)
-        return kind.heads * self.tokens * keys
+        return kind.heads * self.tokens * self._positions(kind)
 
     @property
     def _limit(self) -> float:
@@ -238,10 +252,22 @@ class Prefill:
 
     @property
     def _buffers_per_layer(self) -> float:
-        # Packed weights are counted in elements of 4 bytes, as they are stored.
-        read = READS * self.made.written * self.tokens + self.weight_bytes / 4 / self.made.layers
-        scores = sum(kind.count * min(SCORE_KERNELS, 3 * self._scores(kind) / self._limit) for kind in self._unfused)
-        return max(1 / BUFFER_LAYERS, read / self._limit + scores / self.made.layers)
+        attention = sum(kind.count * self._attention_buffers(kind) for kind in self.made.attention)
+        return max(1 / BUFFER_LAYERS, self._read / self._limit + attention / self.made.layers)
+
+    @property
+    def _read(self) -> float:
+        """Elements that a layer's kernels read, but for attention. Packed weights are stored in elements of 4 bytes."""
+        return READS * self.made.written * self.tokens + self.weight_bytes / 4 / self.made.layers
+
+    def _attention_buffers(self, kind: Attention) -> float:
+        """For what is as long as the context, of which one kernel fills no more than one buffer: keys and values are
+        read to be made longer (cache.py), then by attention, which reads scores as well."""
+        positions = self._positions(kind)
+        longer = LONGER_KERNELS * min(1.0, kind.keys * (positions - self.tokens) / LONGER_KERNELS / self._limit)
+        if self.fused(kind):
+            return longer + min(1.0, kind.keys * positions / self._limit)
+        return longer + min(SCORE_KERNELS, 3 * self._scores(kind) / self._limit)
 
     @property
     def _scores_bytes(self) -> int:
@@ -250,14 +276,14 @@ class Prefill:
         count = sum(kind.count for kind in self._unfused)
         if not count:
             return 0
-        # Scores stay until the last kernel that reads them is done, BUFFERS later.
-        between = self._buffers_per_layer * self.made.layers / count
+        # Buffers from one layer's scores to the next's, at a long context. Scores stay until BUFFERS later.
+        between = self._read / self._limit * self.made.layers / count + SCORE_KERNELS + LONGER_KERNELS
         together = min(count, 1 + int((BUFFERS + SCORE_KERNELS - 1) / between))
         return self.largest_scores_bytes * max(together, 2 if self._expanded_bytes else 1)
 
     @property
     def _expanded_bytes(self) -> int:
-        columns = max((kind.expanded for kind in self.made.attention), default=0)
+        columns = max((kind.keys for kind in self.made.attention if kind.expanded), default=0)
         return self.item_bytes * columns * self.context_tokens
 
     def _cpu_bytes(self) -> int:

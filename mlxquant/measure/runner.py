@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlxquant.fit.memory import limit_bytes
 from mlxquant.measure.forward import LOGITS_BYTES, Split, compare
 from mlxquant.measure.kept import Kept
 from mlxquant.measure.match import Side
 from mlxquant.measure.score import POSITION
 from mlxquant.measure.windows import Windows
-from mlxquant.run.budget import FILL
 from mlxquant.run.device import Device
 from mlxquant.run.ready import Ready, open_unread
 
@@ -155,4 +155,4 @@ def notes_on(runner: Runner) -> list[str]:
 
 def both_fit(teacher: Runner, student: Runner, how: How) -> bool:
     together = teacher.ready.budget.total_bytes + student.ready.budget.total_bytes + 4 * LOGITS_BYTES
-    return together <= FILL * how.device.machine.working_set_bytes
+    return together <= limit_bytes(how.device.machine)

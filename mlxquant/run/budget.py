@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxquant.errors import MemoryBudgetError
+from mlxquant.fit.memory import limit_bytes, longest, mlx_need
+from mlxquant.fit.scratch import Activations
 from mlxquant.machine import Machine
 from mlxquant.run.cache import CachePlan
 from mlxquant.units import format_bytes
-
-# MLX itself begins to collect garbage at 95 % of the working set.
-FILL = 0.95
-# Head widths with a fused attention kernel for prompts (mlx 0.32, Metal); others make the score matrix.
-FUSED_HEAD_WIDTHS = (64, 72, 80, 96, 128)
-GPU_SCRATCH_BYTES = 700_000_000
-CPU_SCRATCH_BYTES = 50_000_000
-SHORT_PROMPT_TOKENS = 256
-SHORT_SCRATCH_BYTES = 50_000_000
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What scratch depends on. Zeros where the config does not say: then only the flat part is reckoned."""
-
-    heads: int
-    head_width: int
-    hidden: int
-    ffn: int
-
-    @classmethod
-    def of(cls, config: dict[str, object]) -> Shape:
-        """From config.json, or its text_config."""
-        nested = config.get("text_config")
-        own = {**config, **nested} if isinstance(nested, dict) else config
-
-        def number(name: str) -> int:
-            value = own.get(name)
-            return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-        heads, hidden = number("num_attention_heads"), number("hidden_size")
-        return cls(
-            heads,
-            number("head_dim") or (hidden // heads if heads else 0),
-            hidden,
-            number("intermediate_size"),
-        )
 
 
 @dataclass(frozen=True)
@@ -77,52 +42,24 @@ class Budget:
 Reckoned = Callable[[int], Budget]  # tokens of context -> what they take
 
 
-def scratch_bytes(shape: Shape, context_tokens: int, prefill_step: int, device: str) -> int:
-    """Memory of activations at the peak of prefill, beside weights and cache.
-
-    GPU: a flat 0.6-0.8 GB was measured for prompts of 1k tokens and more on eight models of 4B-30B, whatever
-    the bits, and 0.03 GB for a prompt of 34 tokens; 40 bytes per ffn column and chunk token is the larger of
-    the two on wide models; where attention is not fused there is one (heads, chunk, context) score matrix of
-    2 bytes.
-
-    CPU: attention is never fused and computes in float32, so there is one such matrix of 4 bytes. SmolLM2-135M
-    at 2048 tokens: 50 MB in chunks of 512, 230 MB in one; reckoned here 104 and 267.
-    """
-    chunk = min(prefill_step, context_tokens)
-    if device == "gpu":
-        flat = SHORT_SCRATCH_BYTES if context_tokens <= SHORT_PROMPT_TOKENS else GPU_SCRATCH_BYTES
-        fused = shape.head_width in FUSED_HEAD_WIDTHS
-        return max(flat, 40 * shape.ffn * chunk) + (0 if fused else 2 * shape.heads * chunk * context_tokens)
-    columns = 4 * (3 * shape.ffn + 6 * shape.hidden)
-    return CPU_SCRATCH_BYTES + columns * chunk + 4 * shape.heads * chunk * context_tokens
-
-
 def reckon(
     weight_bytes: int,
     plan: CachePlan,
-    shape: Shape,
+    made: Activations,
     machine: Machine,
     device: str,
     context_tokens: int,
     prefill_step: int,
 ) -> Budget:
-    """What a run takes whose prompt fills the whole context: the largest chunks and the longest cache."""
-    return Budget(
-        context_tokens,
-        weight_bytes,
-        plan.peak_bytes(context_tokens, 1, prefill_step),
-        scratch_bytes(shape, context_tokens, prefill_step, device),
-        int(FILL * machine.working_set_bytes),
-    )
+    """What a run on `device` takes whose prompt fills the whole context, as the planner reckons it (fit/memory.py)."""
+    there = replace(machine, device=device)
+    need = mlx_need(weight_bytes, plan.cost, made, there, context_tokens, prefill_step)
+    return Budget(context_tokens, weight_bytes, need.cache_bytes, need.scratch_bytes, limit_bytes(there))
 
 
 def longest_context(reckoned: Reckoned, asked_tokens: int) -> int:
     """The most tokens, at most `asked_tokens`, whose budget fits; 0 when not even one does."""
-    low, high = 0, asked_tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if reckoned(middle).fits else (low, middle - 1)
-    return low
+    return longest(lambda tokens: reckoned(tokens).fits, asked_tokens)
 
 
 def check(

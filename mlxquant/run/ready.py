@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import UsageError
+from mlxquant.fit.scratch import Activations
 from mlxquant.run import budget as budgets
-from mlxquant.run.budget import Budget, Reckoned, Shape
+from mlxquant.run.budget import Budget, Reckoned
 from mlxquant.run.cache import CachePlan, plan_cache
 from mlxquant.run.device import Device
 from mlxquant.run.generate import default_prefill_step
@@ -75,10 +76,10 @@ def open_unread(
     asked = context_tokens or min(loaded.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
     if asked > MAX_CONTEXT_TOKENS:
         raise UsageError(f"a context of {asked} tokens is beyond {MAX_CONTEXT_TOKENS}", hint="use a shorter one")
-    shape = Shape.of(loaded.config)
+    made = Activations.of_config(loaded.config)
 
     def reckoned(tokens: int, chosen: CachePlan = plan) -> Budget:
-        return budgets.reckon(loaded.weight_bytes, chosen, shape, device.machine, device.kind, tokens, min(step, asked))
+        return budgets.reckon(loaded.weight_bytes, chosen, made, device.machine, device.kind, tokens, min(step, asked))
 
     budget = reckoned(asked)
     if not budget.fits:

@@ -97,9 +97,9 @@ def test_verify_fails_on_logits_when_everything_else_is_in_order(pair, tmp_path)
 
 
 def test_a_source_too_large_to_run_is_said_and_not_run(pair, monkeypatch):
-    from mlxquant.run import budget
+    from mlxquant.fit import memory
 
-    monkeypatch.setattr(budget, "FILL", 1e-6)
+    monkeypatch.setattr(memory, "FILL", 1e-6)
     result = mlxquant("verify", pair[1], "--source", pair[0])
     assert result.code == 0
     assert "skipped: this run does not fit" in result.out

@@ -6,8 +6,9 @@ import pytest
 
 from mlxquant.errors import MemoryBudgetError
 from mlxquant.fit.growth import Growth
+from mlxquant.fit.scratch import Activations
 from mlxquant.machine import Machine
-from mlxquant.run.budget import Budget, Shape, check, longest_context, reckon, scratch_bytes
+from mlxquant.run.budget import Budget, check, longest_context, reckon
 from mlxquant.run.cache import CachePlan, Slot
 from mlxquant.run.device import Blas, Device
 from mlxquant.run.ready import CacheOptions, make_ready
@@ -29,13 +30,17 @@ def plan(layers: int, heads: int, width: int) -> CachePlan:
 
 
 # Peaks of mlx-lm's own BENCHMARKS.md (M4 Max, prompt of 2048, 128 tokens), in GB.
-QWEN3_4B = Shape(heads=32, head_width=128, hidden=2560, ffn=9728)
+QWEN3_4B = Activations.of_config({
+    "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": True,
+})  # fmt: skip
 
 
 @pytest.mark.parametrize(("weights", "peak"), [(8.04, 9.02), (4.27, 5.254), (3.27, 4.25), (2.26, 3.35)])
 def test_gpu_peaks_that_were_published(weights, peak):
     budget = reckon(int(weights * GB), plan(36, 8, 128), QWEN3_4B, machine(96 * GB), "gpu", 2048 + 128, 2048)
-    assert budget.total_bytes / GB == pytest.approx(peak, rel=0.06)
+    assert budget.total_bytes / GB == pytest.approx(peak, rel=0.05)
     assert budget.limit_bytes == 91_200_000_000
 
 
@@ -44,13 +49,28 @@ def test_cache_of_llama_8b_is_128_kib_a_token():
     assert plan(32, 8, 128).peak_bytes(8192, 1, 2048) == 131072 * 8192
 
 
-def test_attention_that_is_not_fused_makes_scores():
-    """Qwen3.5-4B on an M2 Pro: 65.5 KB of scores for each token of context, at 16 heads and a chunk of 2048."""
-    shape = Shape(heads=16, head_width=256, hidden=2560, ffn=9216)
-    slope = scratch_bytes(shape, 65536, 2048, "gpu") - scratch_bytes(shape, 32768, 2048, "gpu")
-    assert slope / 32768 == 65536
-    fused = Shape(heads=16, head_width=128, hidden=2560, ffn=9216)
-    assert scratch_bytes(fused, 65536, 2048, "gpu") == scratch_bytes(fused, 32768, 2048, "gpu")
+def test_a_family_that_is_not_known_is_reckoned_like_a_llama():
+    said = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "head_dim": 128,
+            "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+    for config in ({"model_type": "of next year", **said}, {"text_config": said}):
+        assert Activations.of_config(config) == QWEN3_4B
+    # Whatever else stands there: nothing is sized by it, and nothing raises.
+    for config in ({}, {"hidden_size": "wide", "num_attention_heads": -1}, {"text_config": [1]}):
+        budget = reckon(GB, plan(2, 2, 8), Activations.of_config(config), machine(2 * GB), "gpu", 4096, 2048)
+        assert budget.fits
+
+
+def test_a_shortened_cache_shortens_the_scores():
+    """--max-kv-size: attention of a quantized or wide-headed model is not asked for scores over the whole context."""
+    wide = Activations.of_config({"hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 8,
+                                  "head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 4})  # fmt: skip
+    growth = Growth(4096, window=4096, keep=4)
+    short = CachePlan((Slot("rotating", "", (growth,)),) * 8, list)
+    at = partial(reckon, GB, short, wide, machine(64 * GB), "gpu", prefill_step=2048)
+    assert at(65536).total_bytes == at(131072).total_bytes
+    assert (
+        reckon(GB, plan(8, 4, 256), wide, machine(64 * GB), "gpu", 65536, 2048).scratch_bytes > at(65536).scratch_bytes
+    )
 
 
 def test_refusal_says_the_numbers_and_what_would_fit():
@@ -82,9 +102,9 @@ def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(folders, tex
 
     before = mx.get_active_memory()
     with pytest.raises(MemoryBudgetError):
-        make_ready(folders["llama"], device(60_000_000), text, context_tokens=2048)
+        make_ready(folders["llama"], device(20_000_000), text, context_tokens=2048)
     assert mx.get_active_memory() - before < 10_000
-    ready = make_ready(folders["llama"], device(60_000_000), text, context_tokens=2048, force=True)
+    ready = make_ready(folders["llama"], device(20_000_000), text, context_tokens=2048, force=True)
     assert not ready.budget.fits
 
 
@@ -97,8 +117,8 @@ def test_ready_says_what_was_decided(folders, text):
     assert "made for 2048 tokens" in longer.notes[-1]
 
 
-def test_measured_peak_stays_below_the_reckoned(folders, text):
-    """On this machine, with the real allocator: weights, cache and scratch of a long prompt."""
+def test_measured_peak_is_near_the_reckoned(folders, text):
+    """On this machine, with the real allocator: weights, cache and scratch of a prompt that fills the context."""
     import mlx.core as mx
 
     from mlxquant.run.generate import generate
@@ -108,5 +128,7 @@ def test_measured_peak_stays_below_the_reckoned(folders, text):
     # Other tests' models are alive too: what counts is what this run adds.
     others = mx.get_active_memory() - ready.loaded.weight_bytes
     mx.reset_peak_memory()
-    list(generate(ready.loaded.model, list(range(300)) * 3, ready.plan.make(), max_tokens=4))
-    assert mx.get_peak_memory() - others <= ready.budget.total_bytes
+    prompt = (list(range(300)) * 4)[:1024]
+    list(generate(ready.loaded.model, prompt, ready.plan.make(), max_tokens=1, prefill_step=ready.prefill_step))
+    measured = mx.get_peak_memory() - others
+    assert 0.6 * ready.budget.total_bytes < measured <= ready.budget.total_bytes
