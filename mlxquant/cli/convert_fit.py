@@ -99,13 +99,16 @@ def chosen_options(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> 
         raise UsageError("--fit reckons with a first loss only", hint="leave --allow-requantize out, or name a level")
     if options["context"] == 0:
         raise UsageError("--context 0 has no room for a prompt", hint="use 8k, or leave it out")
+    from mlxquant.fit.pick_words import WOULD_FIT
+
     machine = _machine(options["fit"])
     found = _pick(wish, out, options, machine)
     if found.row is None:
         message, *rest = found.why
-        raise MemoryBudgetError(f"{wish.source}: {message.removesuffix('.')}", hint=" ".join(rest) or None)
+        hint = " ".join(rest).removeprefix(WOULD_FIT)
+        raise MemoryBudgetError(f"{wish.source}: {message.removesuffix('.')}", hint=hint or None)
     if not wish.as_json:
-        click.echo(f"{found.row.level.key} for {found.use}: {found.why[0]}")
+        click.echo(f"For {found.use}: {found.why[0]}")
     return {**options, **_as_parameters(found.row.level)}
 
 

@@ -14,6 +14,7 @@ from mlxquant.units import format_bytes, format_count, format_number
 
 RAM_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # as Apple sells or sold them: macs.toml
 USEFUL_TOKENS = 1024  # less is no conversation, and not worth naming
+WOULD_FIT = "What would fit: "
 _MILLI = 1000
 _ROOM = {
     "plenty": "memory is plenty",
@@ -109,7 +110,7 @@ def nothing(
             f"{context_tokens:,} tokens, and {machine.title} has {format_bytes(limit)} for it."
         )
         found = [f"{instead.key}, with --format {instead.format}"] if instead else []
-        yield f"What would fit: {'; '.join([*found, *offers(row, limit, context_tokens, kv_bits)])}."
+        yield f"{WOULD_FIT}{'; '.join([*found, *offers(row, limit, context_tokens, kv_bits)])}."
     if worse:
         best = min(worse, key=lambda found: _known(found).kl)
         yield (

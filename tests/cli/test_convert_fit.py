@@ -45,7 +45,7 @@ def test_the_same_folder_as_with_the_level_named(source, tmp_path, use, options)
     result = mlxquant("convert", source, "-o", tmp_path / "fit", "--fit", "16GB", *use)
     assert (result.code, result.err) == (0, "")
     first = result.out.splitlines()[0]
-    assert first.startswith(f"mlx 8-bit for {use[-1] if use else 'chat'}: mlx 8-bit takes ")
+    assert first.startswith(f"For {use[-1] if use else 'chat'}: mlx 8-bit takes ")
     assert "16 GB has for it" in first
     assert mlxquant("convert", source, "-o", tmp_path / "named", *options).code == 0
     assert contents(tmp_path / "fit") == contents(tmp_path / "named")
@@ -58,7 +58,7 @@ def test_the_same_file_as_with_the_type_named(source, tmp_path, mac, use, type_n
     (tmp_path / "named").mkdir()
     result = mlxquant("convert", source, "-o", tmp_path / "fit" / "m.gguf", "--fit", mac, "--for", use)
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith(f"gguf {type_name} for {use}: ")
+    assert result.out.startswith(f"For {use}: gguf {type_name} takes ")
     assert mlxquant("convert", source, "-o", tmp_path / "named" / "m.gguf", "--type", type_name).code == 0
     assert contents(tmp_path / "fit" / "m.gguf") == contents(tmp_path / "named" / "m.gguf")
 
@@ -67,7 +67,7 @@ def test_dry_run_is_the_plan_of_the_level(source, tmp_path):
     planned = mlxquant("convert", source, "--fit", "this", "--dry-run", "--json")
     assert json.loads(planned.out) == json.loads(mlxquant("convert", source, "--bits", "8", "--dry-run", "--json").out)
     shown = mlxquant("convert", source, "-o", tmp_path / "m.gguf", "--fit", "16GB", "--dry-run")
-    assert shown.out.startswith("gguf Q6_K for chat: ")
+    assert shown.out.startswith("For chat: gguf Q6_K takes ")
     assert "blk.1.ffn_down.weight" in shown.out
     assert list(tmp_path.iterdir()) == []
 
@@ -89,7 +89,7 @@ def test_memory_context_and_cache_decide(large):
 def test_without_room_one_line_names_what_would_fit(large, tmp_path):
     result = mlxquant("convert", large, "-o", tmp_path / "out", "--fit", "M2 8GB", "--context", "16k")
     refused(result, "Nothing good enough for chat fits", "mlx 4-bit", "16,384 tokens", "M2, 8 GB")
-    refused(result, "What would fit: ", "a Mac with 16 GB", "weights at 4-bit")
+    refused(result, "Next: ", "a Mac with 16 GB", "weights at 4-bit")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out*"))
 
