@@ -261,11 +261,11 @@ def glm4_moe(rng, width, layers, tied):
     return config | {"rope_scaling": None}, t
 
 
-def lfm2(rng, width, layers, tied):
+def lfm2(rng, width, layers, tied, sparse=False):
     """Short convolutions and, every second layer here, attention; a feed-forward width that the config overstates."""
     m = Tiny(rng, width, layers, True, "lfm2", "Lfm2ForCausalLM")
     m.root(last="embedding_norm")
-    ffn = 256  # two thirds of 360, rounded up to a multiple of 64
+    ffn, names = 256, ("w1", "w3", "w2")  # two thirds of 360, rounded up to a multiple of 64
     for i in range(layers):
         p = f"model.layers.{i}."
         if i % 2:
@@ -275,15 +275,29 @@ def lfm2(rng, width, layers, tied):
             m.linear(f"{p}conv.in_proj", 3 * width, width)
             m.t[f"{p}conv.conv.weight"] = weight(rng, width, 1, 3)
             m.linear(f"{p}conv.out_proj", width, width)
-        m.linear(f"{p}feed_forward.w1", ffn, width)
-        m.linear(f"{p}feed_forward.w3", ffn, width)
-        m.linear(f"{p}feed_forward.w2", width, ffn)
+        if sparse and i:
+            m.linear(f"{p}feed_forward.gate", EXPERTS, width)
+            m.t[f"{p}feed_forward.expert_bias"] = weight(rng, EXPERTS)
+            m.experts(f"{p}feed_forward.", 64, names)
+        else:
+            for name in names:
+                m.linear(f"{p}feed_forward.{name}", *((width, ffn) if name == "w2" else (ffn, width)))
         m.norms(p, "operator_norm", "ffn_norm")
     return m.done(
         head_dim=None, rms_norm_eps=None, norm_eps=1e-5, conv_bias=False, conv_L_cache=3, block_dim=width,
         intermediate_size=360, block_ff_dim=360, block_multiple_of=64, block_ffn_dim_multiplier=1.0,
         block_auto_adjust_ff_dim=True, layer_types=["full_attention" if i % 2 else "conv" for i in range(layers)],
     )  # fmt: skip
+
+
+def lfm2_moe(rng, width, layers, tied):
+    config, tensors = lfm2(rng, width, layers, tied, sparse=True)
+    kept = {key: value for key, value in config.items() if not key.startswith("block_")}
+    return kept | {
+        "architectures": ["Lfm2MoeForCausalLM"], "model_type": "lfm2_moe", "intermediate_size": 256,
+        "moe_intermediate_size": 64, "num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN, "num_dense_layers": 1,
+        "norm_topk_prob": True, "use_expert_bias": True,
+    }, tensors  # fmt: skip
 
 
 def qwen3_next(rng, width, layers, tied, key=16):
@@ -418,10 +432,13 @@ FAMILIES = {
     "glm4_moe": glm4_moe,
     "glm4_moe_lite": deepseek(3, "glm4_moe_lite", "Glm4MoeLiteForCausalLM"),
     "lfm2": lfm2,
+    "lfm2_moe": lfm2_moe,
     **NESTED,
 }
 # Families whose embedding is always the output head, or never.
-ALWAYS_TIED = ("lfm2", "gemma", "gemma2", "gemma3", "gemma4", "gemma4_text", "cohere", "cohere2")
+ALWAYS_TIED = (
+    "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4_text", "cohere", "cohere2", "lfm2", "lfm2_moe",
+)  # fmt: skip
 NEVER_TIED = (
     "phi", "stablelm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "deepseek_v2", "deepseek_v3", "nemotron_h",
     "qwen2_moe",

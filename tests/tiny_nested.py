@@ -178,12 +178,50 @@ def mistral3(rng, width, layers, tied):
     return config, {f"language_model.{n}" if n == "lm_head.weight" else n: v for n, v in renamed.items()}
 
 
+def gemma3n(rng, width, layers, tied):
+    """Four layers at least, so that the last two can share; keys and values of their own all the same."""
+    layers, altup, rank, per_layer = max(layers, 4), 4, 64, 64
+    m = Tiny(rng, width, layers, True, "gemma3n_text", "")
+    m.root()
+    m.t["model.embed_tokens_per_layer.weight"] = weight(rng, VOCAB, layers * per_layer)
+    m.linear("model.per_layer_model_projection", layers * per_layer, width)
+    m.norms("model.", "per_layer_projection_norm", size=per_layer)
+    for n in range(altup - 1):
+        m.linear(f"model.altup_projections.{n}", width, width)
+        m.linear(f"model.altup_unembed_projections.{n}", width, width)
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        m.attention(f"{p}self_attn.")
+        m.norms(f"{p}self_attn.", "q_norm", "k_norm", size=HEAD_DIM)
+        m.mlp(f"{p}mlp.")
+        m.norms(p, *PRE, *AROUND_FFN, "post_per_layer_input_norm", "altup.router_norm", "laurel.post_laurel_norm")
+        m.linear(f"{p}per_layer_input_gate", per_layer, width)
+        m.linear(f"{p}per_layer_projection", width, per_layer)
+        m.linear(f"{p}laurel.linear_left", rank, width)
+        m.linear(f"{p}laurel.linear_right", width, rank)
+        m.linear(f"{p}altup.modality_router", altup, width)
+        m.linear(f"{p}altup.correction_coefs", altup, altup)
+        m.linear(f"{p}altup.prediction_coefs", altup**2, altup)
+        m.t[f"{p}altup.correct_output_scale"] = weight(rng, width)
+    other = {f"model.{part}.x.weight": weight(rng, 8, 8) for part in
+             ("vision_tower", "embed_vision", "audio_tower", "embed_audio")}  # fmt: skip
+    return nest(
+        m, "gemma3n", "Gemma3nForConditionalGeneration", other, num_hidden_layers=layers,
+        intermediate_size=[m.ffn] * layers, num_kv_shared_layers=2, vocab_size_per_layer_input=VOCAB,
+        sliding_window=64, rope_local_base_freq=10000.0, final_logit_softcapping=30.0,
+        layer_types=[FULL if i % 2 else SLIDING for i in range(layers)], activation_sparsity_pattern=[0.0] * layers,
+        hidden_size_per_layer_input=per_layer, altup_num_inputs=altup, altup_coef_clip=120.0,
+        altup_correct_scale=True, altup_active_idx=0, laurel_rank=rank,
+    )  # fmt: skip
+
+
 YARN = {
     "type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 512,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 NESTED = {
     "qwen3_vl": qwen3_vl,
+    "gemma3n": gemma3n,
     "mistral3": mistral3,
     "qwen3_5": qwen3_5("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": qwen3_5("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", experts=True),

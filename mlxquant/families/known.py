@@ -116,6 +116,12 @@ FACTS: dict[str, Facts] = {
         "head_dim": 256, "vocab_size": 262208, "num_key_value_heads": 4, "sliding_window": 512,
         "sliding_window_pattern": 6, "max_position_embeddings": 32768,
     }),
+    "gemma3n": Facts("own", "always", (
+        "head_dim", "rms_norm_eps", "num_key_value_heads", "num_kv_shared_layers", "vocab_size_per_layer_input",
+        "sliding_window", "max_position_embeddings", "rope_local_base_freq", "rope_theta", "final_logit_softcapping",
+        "layer_types", "activation_sparsity_pattern", "hidden_size_per_layer_input", "altup_num_inputs",
+        "altup_coef_clip", "altup_correct_scale", "altup_active_idx", "laurel_rank", "text_config",
+    )),
     # gemma4 is gemma4_text under `language_model.`; its vocab_size counts, not text_config's.
     "gemma4_text": Facts("own", "config", (), _GEMMA4),
     "gemma4": Facts("own", "config", (), _GEMMA4),
@@ -167,6 +173,10 @@ FACTS: dict[str, Facts] = {
     "lfm2": Facts("derived", "always", (
         "num_key_value_heads", "max_position_embeddings", "norm_eps", "conv_bias", "conv_L_cache", "block_dim",
         "block_multiple_of", "block_ffn_dim_multiplier", "block_auto_adjust_ff_dim",
+    )),
+    "lfm2_moe": Facts("derived", "always", (
+        "num_key_value_heads", "max_position_embeddings", "norm_eps", "conv_bias", "conv_L_cache", "num_experts",
+        "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "use_expert_bias", "num_dense_layers",
     )),
     "gpt_oss": Facts("own", "never", (), {
         "num_hidden_layers": 36, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,

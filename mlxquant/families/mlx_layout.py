@@ -267,7 +267,8 @@ def expected(shape: ModelShape, flags: set[str], dims: Mapping[str, int]) -> Ite
                     at = f"{family.prefix}.{index}."
                     yield one, at + one.name, at + (one.source or one.name)
     for row in root[1:]:
-        yield row, row.name, row.source or row.name
+        for one in _repeated(row, dims):
+            yield one, one.name, one.source or one.name
 
 
 def _repeated(row: Row, dims: Mapping[str, int]) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from typing import Any
 from mlxquant.families.mlx_nested import (
     GEMMA3,
     GEMMA3_NESTED,
+    GEMMA3N,
     GEMMA4,
     GEMMA4_NESTED,
     MISTRAL3,
@@ -109,20 +110,34 @@ def _mamba(bias: str, when: str = "", keep_a: bool = False) -> tuple[Row, ...]:
     )
 
 
-_LFM2 = Family(
+def _lfm2(feed_forward: tuple[Row, ...]) -> Family:
+    return Family(
+        (
+            *attention(when="full", o="out_proj"),
+            *vectors("self_attn.q_layernorm", "self_attn.k_layernorm", dims="hd", when="full"),
+            *linear("conv.in_proj", "3h h", "conv_bias", "linear"),
+            Row("conv.conv.weight", "h k 1", "linear", "conv"),
+            Row("conv.conv.bias", "h", "linear conv_bias"),
+            *linear("conv.out_proj", "h h", "conv_bias", "linear"),
+            *feed_forward,
+            *vectors("operator_norm", "ffn_norm"),
+        ),
+        root("embedding_norm"),
+    )
+
+
+_W132 = {"w1": "f h", "w3": "f h", "w2": "h f"}
+_LFM2 = _lfm2(tuple(Row(f"feed_forward.{name}.weight", dims) for name, dims in _W132.items()))
+_LFM2_MOE = _lfm2(
     (
-        *attention(when="full", o="out_proj"),
-        *vectors("self_attn.q_layernorm", "self_attn.k_layernorm", dims="hd", when="full"),
-        *linear("conv.in_proj", "3h h", "conv_bias", "linear"),
-        Row("conv.conv.weight", "h k 1", "linear", "conv"),
-        Row("conv.conv.bias", "h", "linear conv_bias"),
-        *linear("conv.out_proj", "h h", "conv_bias", "linear"),
-        Row("feed_forward.w1.weight", "f h"),
-        Row("feed_forward.w3.weight", "f h"),
-        Row("feed_forward.w2.weight", "h f"),
-        *vectors("operator_norm", "ffn_norm"),
-    ),
-    root("embedding_norm"),
+        *(
+            replace(row, source=f"feed_forward.{name}.weight")
+            for row, name in zip(mlp(at="feed_forward", when="dense"), _W132, strict=True)
+        ),
+        Row("feed_forward.gate.weight", "e h", "moe"),
+        Row("feed_forward.expert_bias", "e", "moe use_expert_bias", cast=False),
+        *experts("feed_forward", "w1", "w3", "w2"),
+    )
 )
 
 
@@ -287,6 +302,8 @@ FAMILIES: dict[str, Family] = {
         root(),
     ),
     "lfm2": _LFM2,
+    "lfm2_moe": _LFM2_MOE,
+    "gemma3n": GEMMA3N,
     "mamba2": Family(
         (*_mamba("use_bias"), *vectors("norm")),
         root("norm_f", "backbone", embed="embeddings"),
@@ -310,6 +327,7 @@ FAMILIES: dict[str, Family] = {
 _FLAGS = (
     "attention_bias", "mlp_bias", "use_qk_norm", "layer_norm_bias", "qk_layernorm", "use_qkv_bias",
     "use_bias", "use_conv_bias", "mamba_proj_bias", "use_parallel_residual", "conv_bias",
+    "use_expert_bias",
 )  # fmt: skip
 
 
@@ -376,6 +394,7 @@ def dimensions(shape: ModelShape) -> dict[str, int]:
         "so": inner, "si": inner + shape.conv_channels + shape.state_heads,
         "gq": shape.heads * shape.global_head_dim, "gkv": shape.global_kv_heads * shape.global_head_dim,
         "ghd": shape.global_head_dim, "pl": shape.per_layer_size, "plv": shape.per_layer_vocab_size,
+        "a": shape.altup_inputs, "aa": shape.altup_inputs**2, "altups": shape.altup_inputs - 1, "lr": shape.laurel_rank,
         "pls": shape.layers * shape.per_layer_size,
         "qkvz": shape.conv_channels + inner,
     }  # fmt: skip

@@ -44,6 +44,16 @@ def _gemma4_attention(kind: str, q: str, kv: str, width: str) -> tuple[Row, ...]
     )
 
 
+_PER_LAYER = (
+    Row("per_layer_input_gate.weight", "pl h", "per_layer"),
+    Row("per_layer_projection.weight", "h pl", "per_layer"),
+    Row("post_per_layer_input_norm.weight", "h", "per_layer"),
+)
+_PER_LAYER_ROOT = (
+    Row("model.embed_tokens_per_layer.weight", "plv pls", "per_layer"),
+    Row("model.per_layer_model_projection.weight", "pls h", "per_layer"),
+    Row("model.per_layer_projection_norm.weight", "pl", "per_layer"),
+)
 GEMMA4 = Family(
     (
         *_gemma4_attention("sliding", "q", "kv", "hd"),
@@ -57,16 +67,12 @@ GEMMA4 = Family(
         *fused_experts("experts.switch_glu", "experts"),
         *vectors("pre_feedforward_layernorm_2", when="moe"),
         *vectors("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", when="moe"),
-        Row("per_layer_input_gate.weight", "pl h", "per_layer"),
-        Row("per_layer_projection.weight", "h pl", "per_layer"),
-        Row("post_per_layer_input_norm.weight", "h", "per_layer"),
+        *_PER_LAYER,
         Row("layer_scalar", "1"),
     ),
     (
         *root(),
-        Row("model.embed_tokens_per_layer.weight", "plv pls", "per_layer"),
-        Row("model.per_layer_model_projection.weight", "pls h", "per_layer"),
-        Row("model.per_layer_projection_norm.weight", "pl", "per_layer"),
+        *_PER_LAYER_ROOT,
     ),
 )
 GEMMA4_NESTED = below(
@@ -119,4 +125,36 @@ MISTRAL3 = below(
     Family((*attention("attention_bias", "attention_bias"), *mlp("mlp_bias"), *PRE), root()),
     "language_model",
     ((r"(model\.)?(vision_tower|multi_modal_projector)\..*", VISION),),
+)
+# model.language_model in MLX as in the checkpoint.
+GEMMA3N = Family(
+    (
+        *attention(),
+        *QK_NORM,
+        *mlp(),
+        *GEMMA_NORMS,
+        *_PER_LAYER,
+        Row("altup.correct_output_scale", "h"),
+        Row("altup.correction_coefs.weight", "a a"),
+        Row("altup.prediction_coefs.weight", "aa a"),
+        Row("altup.modality_router.weight", "a h"),
+        Row("altup.router_norm.weight", "h"),
+        Row("laurel.linear_left.weight", "lr h"),
+        Row("laurel.linear_right.weight", "h lr"),
+        Row("laurel.post_laurel_norm.weight", "h"),
+    ),
+    tuple(
+        replace(row, name=row.name.replace("model.", "model.language_model.", 1))
+        for row in (
+            *root(),
+            *_PER_LAYER_ROOT,
+            Row("model.altup_projections.{n}.weight", "h h", repeat="altups"),
+            Row("model.altup_unembed_projections.{n}.weight", "h h", repeat="altups"),
+        )
+    ),
+    prefix="model.language_model.layers",
+    drops=(
+        (r"model\.(vision_tower|embed_vision)\..*", VISION),
+        (r"model\.(audio_tower|embed_audio)\..*", AUDIO),
+    ),
 )

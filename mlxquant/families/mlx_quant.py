@@ -31,6 +31,7 @@ _EIGHT_BITS = {
     "qwen3_5_moe": ("mlp.gate", "shared_expert_gate"),
     "gemma4": ("router.proj",),
     "gemma4_text": ("router.proj",),
+    "lfm2_moe": ("feed_forward.gate",),
     "gpt_oss": ("router",),
     "granite": ("self_attn.o_proj", "mlp.down_proj"),
     "granitemoe": ("block_sparse_moe.router.layer", "self_attn.o_proj", "mlp.down_proj"),

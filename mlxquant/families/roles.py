@@ -108,10 +108,11 @@ class _Neighbours:
     latent: frozenset[tuple[str, ...]]
     moe: frozenset[tuple[str, ...]]
     routers: frozenset[tuple[str, ...]]
+    altup: frozenset[tuple[str, ...]]
 
     @classmethod
     def of(cls, targets: tuple[Target, ...], shape: ModelShape) -> _Neighbours:
-        recurrent, latent, moe = set(), set(), set()
+        recurrent, latent, moe, altup = set(), set(), set(), set()
         vectors: defaultdict[tuple[str, ...], Counter[int]] = defaultdict(Counter)
         for target in targets:
             module, _ = _parts(target.name)
@@ -127,10 +128,12 @@ class _Neighbours:
         recurrent |= {module for module, lengths in vectors.items() if max(lengths.values()) > 1}
         for target in targets:
             module, _ = _parts(target.name)
+            if shape.altup_inputs and target.shape == (shape.altup_inputs, shape.hidden_size):
+                altup.add(module)  # gemma3n mixes its hidden states by what this matrix says
             if _is_stack(target, shape) and module not in latent:
                 moe.add(module[:-1])
         inside = frozenset(m for m in recurrent if m and not m[-1].isdigit())
-        return cls(inside, frozenset(latent), frozenset(moe), frozenset(routers))
+        return cls(inside, frozenset(latent), frozenset(moe), frozenset(routers), frozenset(altup))
 
 
 def _is_conv(target: Target) -> bool:
@@ -172,7 +175,8 @@ def _layer_role(target: Target, shape: ModelShape, around: _Neighbours) -> Role:
         return _vector_role(target)
     if module in around.latent and _is_latent(target, shape):
         return Role.MLA_LATENT
-    if module in around.routers and target.shape == (shape.experts, shape.hidden_size):
+    router = module in around.routers and target.shape == (shape.experts, shape.hidden_size)
+    if router or module in around.altup:
         return Role.ROUTER
     if _below(module, around.moe):
         return _moe_role(target, shape)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.known import BASE, FACTS, KNOWN_TYPES, REMAPPING
-from mlxquant.families.mlx_config import text_config
+from mlxquant.families.config_reader import MAX_DIM, Reader
+from mlxquant.families.known import FACTS
 
 Mixer = Literal["full", "sliding", "linear", "ssm", "none"]
 Ffn = Literal["dense", "moe", "none"]
@@ -22,11 +22,13 @@ Ffn = Literal["dense", "moe", "none"]
 _DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 _GEMMA4 = ("gemma4", "gemma4_text")
+# Short convolutions between layers of attention.
+_LFM2 = ("lfm2", "lfm2_moe")
 # Latent attention.
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 
 # Far above any model, far below what would make a plan take minutes.
-_MAX_DIM, _MAX_LAYERS, _MAX_EXPERTS = 2**31 - 1, 4096, 65536
+_MAX_LAYERS, _MAX_EXPERTS = 4096, 65536
 
 _NEMOTRON_BLOCKS = {
     "full_attention": "*", "attention": "*", "linear_attention": "M", "mamba": "M", "conv": "M", "moe": "E",
@@ -54,7 +56,8 @@ class ModelShape:
     shared_kv_layers: so many last layers read the keys and values of the last layer of their kind before them; with
     wide_shared_ffn their feed-forward part is twice as wide. keys_are_values: full layers have no v_proj, though their
     caches hold both. per_layer_size: columns that a token's row in a second embedding, of per_layer_vocab_size rows,
-    has for each layer.
+    has for each layer. altup_inputs: hidden states side by side, laurel_rank: of a low-rank path beside attention
+    (gemma3n).
     """
 
     model_type: str
@@ -93,13 +96,15 @@ class ModelShape:
     wide_shared_ffn: bool = False
     per_layer_size: int = 0
     per_layer_vocab_size: int = 0
+    altup_inputs: int = 0
+    laurel_rank: int = 0
     modalities: tuple[str, ...] = ("text",)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Reads config.json. SourceError names the key that is missing or wrong; UnsupportedError an unknown
         family."""
-        reader = _Reader.open(config)
+        reader = Reader.open(config)
         module, facts = reader.module, FACTS[reader.module]
         reader.check_required()
         hidden, heads = reader.integer("hidden_size"), _heads(reader)
@@ -128,98 +133,32 @@ class ModelShape:
             moe_latent_size=(reader.optional("moe_latent_size") or 0) if module == "nemotron_h" else 0,
             modalities=_modalities(config),
             **_latents(reader),
-            **_gemma4(reader, len(pairs)),
+            **_gemma(reader, len(pairs)),
             **_recurrent(reader),
         )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """The merged config with mlx-lm's defaults behind it; every read is typed."""
-
-    model_type: str
-    module: str
-    config: Mapping[str, Any]
-
-    @classmethod
-    def open(cls, config: Mapping[str, Any]) -> _Reader:
-        model_type = config.get("model_type")
-        if not isinstance(model_type, str):
-            raise SourceError(f"config.json: model_type is {model_type!r:.60}, expected a name such as 'llama'")
-        module = REMAPPING.get(model_type, model_type)
-        if module not in FACTS:
-            raise UnsupportedError(
-                f"config.json: model_type {model_type!r:.60} is not a family mlxquant knows",
-                hint=f"known are {', '.join(KNOWN_TYPES)}",
-            )
-        merged = text_config(config)  # refuses what is no object
-        inner = (config.get("text_config") or {}).get("model_type", "mistral")
-        if module == "mistral3" and inner not in ("mistral", "ministral3"):
-            raise UnsupportedError(f"config.json: a mistral3 of {inner!r:.60} is not a family mlxquant knows")
-        return cls(model_type, module, merged)
-
-    def check_required(self) -> None:
-        facts = FACTS[self.module]
-        needed = (
-            *(k for k in BASE if k not in facts.defaults and k not in _ELSEWHERE.get(self.module, ())),
-            *facts.required,
-        )
-        for key in needed:
-            if self.config.get(key) is None:
-                raise SourceError(f"config.json has no {key}, which a {self.model_type} model needs")
-
-    def raw(self, key: str) -> Any:
-        return self.config.get(key, FACTS[self.module].defaults.get(key))
-
-    def integer(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int:
-        value = self.raw(key)
-        if type(value) is not int or not low <= value <= high:
-            raise SourceError(f"config.json: {key} is {value!r:.60}, expected a whole number from {low} to {high}")
-        return value
-
-    def optional(self, key: str, low: int = 1, high: int = _MAX_DIM) -> int | None:
-        return None if self.raw(key) is None else self.integer(key, low, high)
-
-    def flag(self, key: str) -> bool:
-        value = self.raw(key)
-        if value is not None and not isinstance(value, bool):
-            raise SourceError(f"config.json: {key} is {value!r:.60}, expected true or false")
-        return bool(value)
-
-    def sequence(self, key: str, kind: type, length: int | None = None) -> list[Any] | None:
-        value = self.raw(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(type(item) is kind for item in value):
-            raise SourceError(f"config.json: {key} is {value!r:.60}, expected a list of {kind.__name__}")
-        if length is not None and len(value) != length:
-            raise SourceError(f"config.json: {key} has {len(value)} entries, expected one for each of {length} layers")
-        return value
-
-
-# Keys of BASE that a family derives or has not.
-_ELSEWHERE = {"mamba2": ("num_attention_heads",), "nemotron_h": ("num_hidden_layers",), "lfm2": ("intermediate_size",)}
-
-
 def flags(config: Mapping[str, Any], keys: tuple[str, ...]) -> set[str]:
     """Those of `keys` that config.json sets to true; SourceError for anything but true, false or null."""
-    reader = _Reader.open(config)
+    reader = Reader.open(config)
     return {key for key in keys if reader.flag(key)}
 
 
-def _heads(reader: _Reader) -> int:
+def _heads(reader: Reader) -> int:
     return reader.integer("num_heads" if reader.module == "mamba2" else "num_attention_heads")
 
 
-def _tied(reader: _Reader) -> bool:
+def _tied(reader: Reader) -> bool:
     rule = FACTS[reader.module].tie
     if rule == "present":
         return reader.raw("tie_word_embeddings") is None or reader.flag("tie_word_embeddings")
     return rule == "always" or (rule == "config" and reader.flag("tie_word_embeddings"))
 
 
-def _ffn_width(reader: _Reader) -> int:
-    """lfm2 states a width that its model cuts to two thirds, and rounds up."""
+def _ffn_width(reader: Reader) -> int:
+    """gemma3n states one for each layer; lfm2 one that its model cuts to two thirds, and rounds up."""
+    if reader.module == "gemma3n" and isinstance(reader.raw("intermediate_size"), list):
+        return _one_width(reader.sequence("intermediate_size", int, reader.integer("num_hidden_layers")) or [])
     if reader.module != "lfm2":
         return reader.integer("intermediate_size")
     width = reader.optional("block_ff_dim") or reader.integer("intermediate_size")
@@ -231,7 +170,14 @@ def _ffn_width(reader: _Reader) -> int:
     return max(1, -(-int(factor * int(2 * width / 3)) // multiple)) * multiple
 
 
-def _experts(reader: _Reader) -> int:
+def _one_width(widths: list[Any]) -> int:
+    if len(set(widths)) != 1 or not 0 < widths[0] <= MAX_DIM:
+        found = f"{widths!r:.60}"
+        raise UnsupportedError(f"config.json: intermediate_size is {found}, expected the same width for each layer")
+    return int(widths[0])
+
+
+def _experts(reader: Reader) -> int:
     if reader.module in _GEMMA4 and not reader.flag("enable_moe_block"):
         return 0
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
@@ -240,11 +186,11 @@ def _experts(reader: _Reader) -> int:
     return 0
 
 
-def _experts_per_token(reader: _Reader) -> int:
+def _experts_per_token(reader: Reader) -> int:
     return reader.optional("top_k_experts" if reader.module in _GEMMA4 else "num_experts_per_tok") or 0
 
 
-def _moe_width(reader: _Reader) -> int:
+def _moe_width(reader: Reader) -> int:
     """mixtral, olmoe, granitemoe and gpt_oss name the experts' width intermediate_size."""
     own = reader.module in (
         "qwen2_moe",
@@ -253,12 +199,13 @@ def _moe_width(reader: _Reader) -> int:
         *_GEMMA4,
         *_DEEPSEEK,
         "glm4_moe",
+        "lfm2_moe",
         "nemotron_h",
     )
     return reader.integer("moe_intermediate_size" if own else "intermediate_size")
 
 
-def _shared_width(reader: _Reader) -> int:
+def _shared_width(reader: Reader) -> int:
     if reader.module in ("qwen2_moe", *_DELTA_NETS):
         return reader.integer("shared_expert_intermediate_size")
     shared = reader.optional("n_shared_experts", low=0)
@@ -267,14 +214,20 @@ def _shared_width(reader: _Reader) -> int:
     return reader.integer("moe_intermediate_size") * shared if shared else 0
 
 
-def _latents(reader: _Reader) -> dict[str, Any]:
+def _latents(reader: Reader) -> dict[str, Any]:
     if reader.module not in _DEEPSEEK:
         return {}
     keys = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     return {key: reader.integer(key) for key in keys} | {"q_lora_rank": reader.optional("q_lora_rank") or 0}
 
 
-def _gemma4(reader: _Reader, layers: int) -> dict[str, Any]:
+def _gemma(reader: Reader, layers: int) -> dict[str, Any]:
+    """What gemma3n and gemma4 have beyond others."""
+    if reader.module == "gemma3n":
+        keys = {"altup_inputs": "altup_num_inputs", "laurel_rank": "laurel_rank"}
+        keys |= {"per_layer_size": "hidden_size_per_layer_input", "per_layer_vocab_size": "vocab_size_per_layer_input"}
+        shared = reader.integer("num_kv_shared_layers", low=0, high=layers - 1)
+        return {name: reader.integer(key) for name, key in keys.items()} | {"shared_kv_layers": shared}
     if reader.module not in _GEMMA4:
         return {}
     same = reader.flag("attention_k_eq_v")
@@ -291,7 +244,7 @@ def _gemma4(reader: _Reader, layers: int) -> dict[str, Any]:
     }
 
 
-def _recurrent(reader: _Reader) -> dict[str, Any]:
+def _recurrent(reader: Reader) -> dict[str, Any]:
     if reader.module in _DELTA_NETS:
         key, value = reader.integer("linear_key_head_dim"), reader.integer("linear_value_head_dim")
         key_heads, heads = reader.integer("linear_num_key_heads"), reader.integer("linear_num_value_heads")
@@ -301,7 +254,7 @@ def _recurrent(reader: _Reader) -> dict[str, Any]:
         heads, value = (reader.integer(name) for name in names)
         key = reader.optional("ssm_state_size") or reader.integer("state_size")
         channels, kernel = heads * value + 2 * reader.integer("n_groups") * key, reader.integer("conv_kernel")
-    elif reader.module == "lfm2":
+    elif reader.module in _LFM2:
         channels, kernel, heads, key, value = reader.integer("hidden_size"), reader.integer("conv_L_cache"), 0, 0, 0
     else:
         return {}
@@ -313,14 +266,14 @@ def _modalities(config: Mapping[str, Any]) -> tuple[str, ...]:
     return ("text", *(kind for kind in ("vision", "audio") if config.get(f"{kind}_config")))
 
 
-def _layer_kinds(reader: _Reader) -> list[tuple[Mixer, Ffn]]:
+def _layer_kinds(reader: Reader) -> list[tuple[Mixer, Ffn]]:
     if reader.module == "nemotron_h":
         return [_NEMOTRON_KINDS[char] for char in _nemotron_pattern(reader)]
     count = reader.integer("num_hidden_layers", high=_MAX_LAYERS)
     return list(zip(_mixers(reader, count), _ffns(reader, count), strict=True))
 
 
-def _nemotron_pattern(reader: _Reader) -> str:
+def _nemotron_pattern(reader: Reader) -> str:
     pattern = reader.raw("hybrid_override_pattern")
     if pattern is None:
         blocks = reader.sequence("layers_block_type", str) or reader.sequence("layer_types", str) or []
@@ -334,7 +287,7 @@ def _nemotron_pattern(reader: _Reader) -> str:
     return pattern
 
 
-def _mixers(reader: _Reader, count: int) -> list[Mixer]:
+def _mixers(reader: Reader, count: int) -> list[Mixer]:
     module = reader.module
     if module == "mamba2":
         return ["ssm"] * count
@@ -349,9 +302,9 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
         return ["full" if i % every == every - 1 else "sliding" for i in range(count)]
     if module == "olmo3" and reader.raw("layer_types") is None:
         return ["sliding" if (i + 1) % 4 else "full" for i in range(count)]
-    if module == "lfm2":
+    if module in _LFM2:
         return _lfm2_mixers(reader, count)
-    if module not in ("llama", "smollm3", "gpt_oss", "olmo3", "ministral3", "mistral3", *_GEMMA4):
+    if module not in ("llama", "smollm3", "gpt_oss", "olmo3", "ministral3", "mistral3", "gemma3n", *_GEMMA4):
         return ["full"] * count
     types = reader.sequence("layer_types", str, count)
     if types is None:  # gpt_oss alternates, starting with a window
@@ -361,7 +314,7 @@ def _mixers(reader: _Reader, count: int) -> list[Mixer]:
     return ["sliding" if kind == "sliding_attention" else "full" for kind in types]
 
 
-def _lfm2_mixers(reader: _Reader, count: int) -> list[Mixer]:
+def _lfm2_mixers(reader: Reader, count: int) -> list[Mixer]:
     """Attention where full_attn_idxs, or else layer_types, say so; convolutions elsewhere."""
     places = reader.sequence("full_attn_idxs", int)
     if places is None:
@@ -375,7 +328,7 @@ def _lfm2_mixers(reader: _Reader, count: int) -> list[Mixer]:
     return ["full" if i in set(places) else "linear" for i in range(count)]
 
 
-def _ffns(reader: _Reader, count: int) -> list[Ffn]:
+def _ffns(reader: Reader, count: int) -> list[Ffn]:
     module = reader.module
     if module == "mamba2":
         return ["none"] * count
@@ -387,6 +340,9 @@ def _ffns(reader: _Reader, count: int) -> list[Ffn]:
             set(reader.sequence("mlp_only_layers", int) or ()),
         )
         return ["dense" if i in dense or (i + 1) % step else "moe" for i in range(count)]
+    if module == "lfm2_moe":
+        first = reader.integer("num_dense_layers", low=0)
+        return ["dense" if i < first else "moe" for i in range(count)]
     if module in _DEEPSEEK or module == "glm4_moe":
         first, step = reader.integer("first_k_dense_replace", low=0), reader.optional("moe_layer_freq") or 1
         return ["moe" if i >= first and i % step == 0 else "dense" for i in range(count)]

@@ -201,7 +201,8 @@ def _own(shape: ModelShape, mixer: Mixer, wanted: _Wanted, read_again: bool) -> 
     kind: Kind = "full" if not shape.kv_lora_rank else "latent" if shape.module in _LATENT else "expanded"
     if not wanted.kv_bits:
         return _Layer(kind, growth)
-    if shape.module in _UNREADABLE or read_again:
+    # gemma3n's sharing layers are given the cache itself, gemma4's only what it holds.
+    if shape.module in _UNREADABLE or (read_again and shape.module != "gemma3n"):
         return _Layer(kind, growth, _UNREADABLE.get(shape.module, "layers that share it read no quantized cache"))
     size = fitting_group_size(widths, wanted.group_size)
     if size is None:

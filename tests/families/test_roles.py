@@ -33,6 +33,8 @@ EXPECTED = [
     (r"\.(switch_mlp|switch_glu|experts)\.gate_proj\.weight$", Role.EXPERT_GATE),
     (r"\.(switch_mlp|switch_glu|experts)\.(up_proj|fc1)\.weight$", Role.EXPERT_UP),
     (r"\.(switch_mlp|switch_glu|experts)\.(down_proj|fc2)\.weight$", Role.EXPERT_DOWN),
+    (r"\.(linear_left|linear_right|(altup|altup_unembed)_projections\.\d)\.weight$", Role.OTHER),
+    (r"\.altup\.(modality_router|correction_coefs|prediction_coefs)\.weight$", Role.ROUTER),
     (r"\.(gate|router|router\.layer|router\.proj)\.weight$", Role.ROUTER),
     (r"\.shared_expert_gate\.weight$", Role.SHARED_GATE),
     (r"\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|embed_q|unembed_out)\.weight$", Role.MLA_LATENT),
@@ -40,8 +42,8 @@ EXPECTED = [
     (r"\.(A_log|D|dt_bias)$", Role.SSM),
     (r"self_attn\.out_proj\.weight$", Role.ATTN_O),
     (r"\.(conv1d|conv\.conv)\.weight$", Role.CONV),
-    (r"\.(bias|e_score_correction_bias)$", Role.BIAS),
-    (r"\.(sinks|scale|per_expert_scale|layer_scalar)$", Role.OTHER),
+    (r"\.(bias|expert_bias|e_score_correction_bias)$", Role.BIAS),
+    (r"\.(sinks|scale|per_expert_scale|layer_scalar|correct_output_scale)$", Role.OTHER),
 ]
 
 

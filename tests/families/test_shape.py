@@ -21,8 +21,10 @@ ELSEWHERE = {
 # Keys that must be there and may be null, as they mostly are: mlx_config writes them.
 NULLABLE = {"glm4_moe": {"rope_scaling"}}
 # Where ModelArgs only wraps text_config: (module, class) of the arguments that this is read by.
-INNER = {"qwen3_5": ("qwen3_5", "TextModelArgs"), "qwen3_5_moe": ("qwen3_5", "TextModelArgs"),
-         "gemma4": ("gemma4_text", "ModelArgs"), "qwen3_vl": ("qwen3", "ModelArgs")}  # fmt: skip
+INNER = {
+    "qwen3_5": ("qwen3_5", "TextModelArgs"), "qwen3_5_moe": ("qwen3_5", "TextModelArgs"),
+    "gemma3n": ("gemma3n", "TextConfig"), "gemma4": ("gemma4_text", "ModelArgs"), "qwen3_vl": ("qwen3", "ModelArgs"),
+}  # fmt: skip
 
 
 def arguments(module: str):
