@@ -62,30 +62,24 @@ def _timed(ready: Any) -> list[Row]:
 
 def _trial(subject: Subject, machine: Machine, row: Row) -> Trial:
     from mlxquant.fit.cache import cache_of
-    from mlxquant.fit.calibration import Trial
-    from mlxquant.fit.speed import decode_bytes, speed
+    from mlxquant.fit.speed import trial_of
     from mlxquant.fit.stored import stored_level
     from mlxquant.fit.work import work
 
-    level, cost, cache = stored_level(subject), work(subject), cache_of(subject.shape)
-    depth = row.case.depth_tokens + row.case.prompt_tokens + row.case.generated_tokens // 2
-    general = speed(level, cost, cache, machine, (depth,), PROMPT_TOKENS)
-    return Trial(
-        engine="mlxquant",
+    level = stored_level(subject)
+    return trial_of(
+        level,
+        work(subject),
+        cache_of(subject.shape),
+        machine,
         model=f"{subject.name} {level.key}",
-        weight_bytes=decode_bytes(level, cost, machine),
-        cache_bytes=cache.read_bytes(depth),
-        layers=cost.layers,
-        moe=cost.moe,
-        active_weights=cost.active_weights,
-        attention_flops=cost.attention_flops,
+        depth_tokens=row.case.depth_tokens + row.case.prompt_tokens + row.case.generated_tokens // 2,
         prompt_tokens=row.case.prompt_tokens,
-        decode_s=1 / row.mean("decode_tok_s"),
+        decode_tok_s=row.mean("decode_tok_s"),
         prefill_tok_s=row.mean("prefill_tok_s"),
         bandwidth_bytes_per_s=_bandwidth(machine),
         date=datetime.date.today().isoformat(),
         versions=_versions(),
-        likely_s=1 / general.decode[0][1].likely if general else None,
     )
 
 

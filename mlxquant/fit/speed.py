@@ -30,6 +30,7 @@ from mlxquant.macs import rows_of
 NEWEST = 5  # the generation whose small kernels are taken as 1, and the first with tensor units
 # Half a range's least width, in log(tok/s): one time in ten the same thing, measured again, is 4 % off its median.
 LEAST_WIDTH = 0.06
+EXPANDED_SHARE = 0.8  # of the working set that expanded weights may take: run/model.py
 FLOAT_BITS = 15  # a weight of as many bits is not unpacked
 BOTH = 3  # the exponent that joins two things which overlap: 1 would add them, infinity take the slower
 
@@ -165,12 +166,12 @@ def speed(
     """
     at = constants(level.format)
     chips = _chips(machine, at)
-    loads = [_load(level, work, cache, depth) for depth in depths]
+    loads = [_load(level, work, cache, machine, depth) for depth in depths]
     measured = own if own is not None and level.format == "mlx" else None
     if not chips and not (measured and measured.alone):
         return None
     decode = [_decode(at, load, chips, measured) for load in loads]
-    seconds = _prefill(at, _load(level, work, cache, prompt_tokens), chips, prompt_tokens, measured)
+    seconds = _prefill(at, _load(level, work, cache, machine, prompt_tokens), chips, prompt_tokens, measured)
     return Speed(
         tuple(zip(depths, decode, strict=True)),
         prompt_tokens,
@@ -178,6 +179,15 @@ def speed(
         seconds,
         f"calibrated on this machine: {measured.engine}" if measured else at.engine,
     )
+
+
+def decode_bytes(level: Level, work: Work, machine: Machine) -> int:
+    """Weight bytes read for one token. Without a GPU mlxquant expands all weights to float32 where they fit
+    (run/expand.py), whatever the level.
+    """
+    expanded = level.format == "mlx" and machine.device == "cpu"
+    fits = 4 * level.size <= EXPANDED_SHARE * machine.working_set_bytes
+    return 4 * work.active_weights if expanded and fits else level.token_bytes
 
 
 def trial_of(
@@ -188,7 +198,7 @@ def trial_of(
 
     bandwidth_bytes_per_s: published, or measured where that is None (measure/traffic.py).
     """
-    at, load = constants("mlx"), _load(level, work, cache, depth_tokens)
+    at, load = constants("mlx"), _load(level, work, cache, machine, depth_tokens)
     chips = _chips(machine, at)
     return Trial(
         "mlxquant", model, load.weight_bytes, load.cache_bytes, load.layers, load.moe, load.active_weights,
@@ -197,14 +207,15 @@ def trial_of(
     )  # fmt: skip
 
 
-def _load(level: Level, work: Work, cache: Cache, depth: int) -> Load:
+def _load(level: Level, work: Work, cache: Cache, machine: Machine, depth: int) -> Load:
     recurrent, shared = (
         sum(number for kind, number, _ in cache.layers if kind in kinds) for kinds in (("linear", "ssm"), ("shared",))
     )
     of_prompt = prompt_weights(level.format, work.active_weights, work.head_weights, work.layers, shared)
     return Load(
-        level.token_bytes, cache.read_bytes(depth), work.active_weights, of_prompt, work.attention_flops, work.layers,
-        recurrent, work.moe, blocks_of(level.name, 8 * level.token_bytes / max(1, work.active_weights)),
+        decode_bytes(level, work, machine), cache.read_bytes(depth), work.active_weights, of_prompt,
+        work.attention_flops, work.layers, recurrent, work.moe,
+        blocks_of(level.name, 8 * level.token_bytes / max(1, work.active_weights)),
     )  # fmt: skip
 
 
