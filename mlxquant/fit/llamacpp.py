@@ -48,14 +48,20 @@ def cache_bytes(shape: ModelShape, context_tokens: int, kv_bits: int | None = No
 
 
 def compute_bytes(shape: ModelShape, context_tokens: int) -> int:
-    """The graph's buffer: a chunk's mask in float16 over the context, and in float32 either a layer's arrays or the
-    logits of the whole chunk, whichever is more.
+    """The graph's buffer: a chunk's masks in float16, over the context and over windows, and in float32 either a
+    layer's arrays or the logits of the whole chunk, whichever is more.
 
     llama-server of late keeps logits of single tokens only and then takes less: layer_bytes and the mask.
     """
     chunk = min(UBATCH_TOKENS, context_tokens)
     logits = 4 * chunk * shape.vocab_size
-    return max(layer_bytes(shape, chunk), logits) + 2 * chunk * _padded(context_tokens)
+    return max(layer_bytes(shape, chunk), logits) + mask_bytes(shape, context_tokens)
+
+
+def mask_bytes(shape: ModelShape, context_tokens: int) -> int:
+    """Of one chunk, for each kind of attention."""
+    kinds = {mixer for mixer in shape.mixers if mixer in ("full", "sliding")}
+    return sum(2 * min(UBATCH_TOKENS, context_tokens) * _cells(shape, mixer, context_tokens) for mixer in kinds)
 
 
 def layer_bytes(shape: ModelShape, chunk_tokens: int) -> int:

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from mlxquant.families.shape import ModelShape
 from mlxquant.fit import llamacpp
+from mlxquant.fit.activations import Activations, activations
 from mlxquant.fit.cache import Cache, cache_of
-from mlxquant.fit.scratch import Activations, Prefill, activations
+from mlxquant.fit.scratch import Prefill
 from mlxquant.fit.values import Level, Need, Verdict
 from mlxquant.machine import Machine
 from mlxquant.units import GIB, MIB, format_bytes

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mlxquant.errors import MemoryBudgetError
+from mlxquant.fit.activations import Activations
 from mlxquant.fit.memory import limit_bytes, longest, mlx_need
-from mlxquant.fit.scratch import Activations
 from mlxquant.machine import Machine
 from mlxquant.run.cache import CachePlan
 from mlxquant.units import format_bytes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import UsageError
-from mlxquant.fit.scratch import Activations
+from mlxquant.fit.activations import Activations
 from mlxquant.run import budget as budgets
 from mlxquant.run.budget import Budget, Reckoned
 from mlxquant.run.cache import CachePlan, plan_cache

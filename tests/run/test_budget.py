@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 
 from mlxquant.errors import MemoryBudgetError
+from mlxquant.fit.activations import Activations
 from mlxquant.fit.growth import Growth
-from mlxquant.fit.scratch import Activations
 from mlxquant.machine import Machine
 from mlxquant.run.budget import Budget, check, longest_context, reckon
 from mlxquant.run.cache import CachePlan, Slot
