@@ -109,6 +109,8 @@ def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[
     """What helps a level that does not fit at ease, one line each: only what helps by the numbers."""
     cache = cache_of(shape, kv_bits=run.kv_bits)
     now = need(level, cache, shape, machine, run.context_tokens, run.chunk_tokens)
+    if verdict(now, machine) == "fits":
+        return []
     lines = [
         _smaller_chunk(now, level, cache, shape, machine, run),
         _kv_bits(now, level, cache, shape, machine, run),
