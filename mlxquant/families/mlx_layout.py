@@ -174,13 +174,14 @@ class _Build:
         for canonical, spec in zip(names, specs, strict=True):
             self.used.add(canonical)
             self.check(spec, expected, specs[0])
+        rows = specs[0].rows  # one shape for all
         return Target(
             name=name,
             shape=shape,
             dtype=specs[0].dtype,
             pieces=tuple(_pieces(row, specs, shape))
             if how == "half"
-            else tuple(Piece(s.name, 0, s.rows) for s in specs),
+            else tuple(Piece(s.name, 0, rows) for s in specs),
             change="none" if how == "add_one" and self.shifted else _CHANGES.get(how, "none"),
             cast=row.cast,
         )

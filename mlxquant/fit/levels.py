@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mlxquant.codecs.repacked import REPACKED
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MX_MODES
 from mlxquant.errors import PlanError, SourceError, UsageError
+from mlxquant.families.checkpoint import has_merges, header_bytes
 from mlxquant.fit.shares import experts_share, gguf_shares, mlx_shares
 from mlxquant.fit.stored import mlx_name, stored_level
 from mlxquant.fit.subject import Subject
@@ -153,11 +154,14 @@ def _mlx_level(subject: Subject, candidate: _Candidate, plan: Plan) -> Level:
     """mlx-lm loads every tensor of a folder that we write."""
     shares = mlx_shares(subject.basis)
     nbytes = largest = token = 0
+    names: list[str] = []
     for tensor in plan.tensors:
-        parts = [part.nbytes for part in tensor.parts]
-        nbytes += sum(parts)
-        largest = max(largest, *parts)
-        token += shares[tensor.name].of(sum(parts))
+        parts = tensor.parts
+        sizes = [part.nbytes for part in parts]
+        names += [part.name for part in parts]
+        nbytes += sum(sizes)
+        largest = max(largest, *sizes)
+        token += shares[tensor.name].of(sum(sizes))
     return Level(
         name=candidate.name,
         format="mlx",
@@ -167,6 +171,7 @@ def _mlx_level(subject: Subject, candidate: _Candidate, plan: Plan) -> Level:
         largest_bytes=largest,
         token_bytes=token,
         size=plan.size,
+        header_bytes=header_bytes("mlx", 0, names),
         remarks=tuple(_condensed(plan)),
     )
 
@@ -187,6 +192,7 @@ def _gguf_level(subject: Subject, candidate: _Candidate, plan: GGUFPlan) -> Leve
         largest_bytes=max(sizes.values()),
         token_bytes=sum(shares[name].of(size) for name, size in sizes.items()),
         size=plan.size,
+        header_bytes=header_bytes("gguf", shape.vocab_size, sizes, has_merges(subject.config)),
         remarks=plan.remarks,
     )
 

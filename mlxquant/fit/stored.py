@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.codecs.spec import Codec
+from mlxquant.families.checkpoint import header_bytes
 from mlxquant.families.layout import Target
 from mlxquant.fit.shares import Share, experts_share, gguf_shares, mlx_shares, read_parts
 from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level
 from mlxquant.plan.packed import as_floats, codec_of, unpack
 from mlxquant.plan.plan import lay_out, shape_remarks
-from mlxquant.tensors import DTYPES, TensorSpec
+from mlxquant.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from mlxquant.files.gguf_file import GGUFTensor
@@ -27,18 +28,35 @@ def stored_level(subject: Subject) -> Level:
         return subject.stored
     if subject.gguf is not None:
         return stored_gguf(*subject.gguf)
-    if not subject.published_mxfp4:
-        _ = subject.basis  # mlx-lm reads no other
-    specs, parts = subject.specs.values(), read_parts(subject)
+    return _mxfp4_level(subject) if subject.published_mxfp4 else _float_level(subject)
+
+
+def _float_level(subject: Subject) -> Level:
+    """Reckoned by the model's own tensors: mlx-lm stacks experts when it loads them."""
+    layout, shares = subject.basis.layout, mlx_shares(subject.basis)
+    loaded = [TensorSpec(target.name, target.shape, target.dtype) for target in layout.targets]
+    others = [subject.specs[name] for name, _ in layout.dropped]
+    loaded_bytes = sum(spec.nbytes for spec in loaded)
+    return Level(
+        name=_commonest_dtype(loaded),
+        format="mlx",
+        options=(),
+        nbytes=loaded_bytes + sum(spec.nbytes for spec in others),
+        loaded_bytes=loaded_bytes,
+        largest_bytes=max(spec.nbytes for spec in loaded),
+        token_bytes=sum(shares[spec.name].of(spec.nbytes) for spec in loaded),
+        size=sum(spec.size for spec in (*loaded, *others)),
+        header_bytes=header_bytes("mlx", 0, subject.specs),
+        remarks=tuple(shape_remarks(subject.shape, layout)),
+    )
+
+
+def _mxfp4_level(subject: Subject) -> Level:
+    """mlx-lm parts gate from up when it loads them."""
+    specs = subject.specs.values()
     sources = {spec.name: spec.nbytes for spec in specs}
-    size = sum(_weights(spec) for spec in specs)
-    if subject.published_mxfp4:
-        # mlx-lm parts gate from up when it loads them, and stacks the experts of other checkpoints.
-        arrays = [spec.nbytes // (2 if "gate_up_proj" in spec.name else 1) for spec in specs]
-        return _level("mxfp4", parts, sources, arrays, size)
-    arrays = [TensorSpec(target.name, target.shape, target.dtype).nbytes for target, _ in parts]
-    level = _level(_commonest_dtype(specs), parts, sources, arrays, size)
-    return replace(level, remarks=tuple(shape_remarks(subject.shape, subject.basis.layout)))
+    arrays = {spec.name: spec.nbytes // (2 if "gate_up_proj" in spec.name else 1) for spec in specs}
+    return _level("mxfp4", read_parts(subject), sources, arrays, sum(map(_weights, specs)))
 
 
 def stored_mlx(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Level:
@@ -53,7 +71,8 @@ def stored_mlx(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Level
     parts = [(target, shares[target.name]) for target in basis.layout.targets]
     sources = {name: weight.nbytes for name, weight in weights.items()}
     size = sum(weight.spec.size for weight in weights.values())
-    level = _level(mlx_name(codec_of(config, "")), parts, sources, [spec.nbytes for spec in specs.values()], size)
+    arrays = {name: spec.nbytes for name, spec in specs.items()}
+    level = _level(mlx_name(codec_of(config, "")), parts, sources, arrays, size)
     return replace(level, remarks=tuple(shape_remarks(basis.shape, basis.layout)))
 
 
@@ -69,6 +88,9 @@ def stored_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) 
         types[tensor.type_name] += tensor.nbytes
     names = {number: name for name, (number, _) in FILE_TYPES.items()}
     nbytes = types.total()
+    starts: dict[int, int] = {}  # of the first tensor in each file of a split model
+    for tensor in tensors.values():
+        starts[tensor.part] = min(tensor.offset, starts.get(tensor.part, tensor.offset))
     return Level(
         name=names.get(int(metadata.get("general.file_type", -1)), types.most_common(1)[0][0]),
         format="gguf",
@@ -78,6 +100,7 @@ def stored_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) 
         largest_bytes=max(t.nbytes for t in tensors.values()),
         token_bytes=sum(shares[name].of(t.nbytes) for name, t in tensors.items()),
         size=sum(t.rows * t.width for t in tensors.values()),
+        header_bytes=sum(starts.values()),
     )
 
 
@@ -97,10 +120,10 @@ def _level(
     name: str,
     parts: Iterable[tuple[Target, Share]],
     sources: Mapping[str, int],
-    arrays: Iterable[int],
+    arrays: Mapping[str, int],
     size: int,
 ) -> Level:
-    """`sources`: bytes of each weight by name; `arrays`: of each array in memory. A matrix that two targets are made of
+    """`sources`: bytes of each weight by name; `arrays`: of each array. A matrix that two targets are made of
     is there, and read, once."""
     loaded: dict[str, int] = {}
     for target, share in parts:
@@ -112,14 +135,15 @@ def _level(
         options=(),
         nbytes=sum(sources.values()),
         loaded_bytes=sum(sources[source] for source in loaded),
-        largest_bytes=max(arrays),
+        largest_bytes=max(arrays.values()),
         token_bytes=sum(loaded.values()),
         size=size,
+        header_bytes=header_bytes("mlx", 0, arrays),
     )
 
 
 def _weights(spec: TensorSpec) -> int:
-    """MXFP4 as published: two codes a byte, and scales that are no weights."""
+    """Two codes a byte, and scales that are no weights."""
     if spec.dtype != "U8":
         return spec.size
     return 2 * spec.size if spec.name.endswith("_blocks") else 0
@@ -129,6 +153,5 @@ def _commonest_dtype(specs: Iterable[TensorSpec]) -> str:
     """'bf16': of most weights."""
     counts: Counter[str] = Counter()
     for spec in specs:
-        if DTYPES[spec.dtype].floating:
-            counts[spec.dtype] += spec.size
+        counts[spec.dtype] += spec.size
     return counts.most_common(1)[0][0].lower()

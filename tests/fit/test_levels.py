@@ -82,12 +82,16 @@ def write(source: Path, level: Level, out: Path) -> Path:
 def check(source: Path, level: Level, out: Path) -> None:
     made = write(source, level, out)
     assert (level.nbytes, level.largest_bytes) == written_bytes(made), level.key
+    if level.format == "mlx":  # GGUF's estimate is of real tokenizers: tests/families/test_checkpoint.py
+        others = sum(file.stat().st_size for file in made.glob("*.safetensors")) - level.nbytes
+        assert level.header_bytes == pytest.approx(others, rel=0.2), level.key
     shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_those_on_disk(folder, tmp_path, family):
     found = levels(subject_of(folder(family)))
+    assert found[0].nbytes == written_bytes(folder(family))[0]  # the checkpoint as it is, with all it holds
     shown = [key for key in LEVELS if family in IN_GGUF or key.startswith("mlx")]
     assert sorted(level.key for level in found[1:]) == sorted(shown)
     for level in found[1:]:
@@ -198,6 +202,7 @@ def test_a_quantized_file_is_at_its_level_and_its_blocks_are_taken_over(folder, 
     found = survey(subject_of_gguf(made))
     stored, repacked = found.levels
     assert stored.key == "gguf Q4_K_M"
+    assert 0 <= made.stat().st_size - stored.nbytes - stored.header_bytes < 32 * 50  # padding
     for name in ("nbytes", "loaded_bytes", "largest_bytes", "token_bytes", "size"):
         assert getattr(stored, name) == getattr(planned, name), name
     assert repacked.key == "mlx repack"
