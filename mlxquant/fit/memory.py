@@ -5,7 +5,7 @@ MLX levels are reckoned as mlx-lm runs them, GGUF levels as llama.cpp does (llam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -106,49 +106,64 @@ def longest(fits: Callable[[int], bool], ceiling_tokens: int) -> int:
 
 
 def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[str]:
-    """What helps a level that does not fit at ease, one line each: only what helps by the numbers."""
+    """What helps a level that does not fit at ease, one line each: only what helps by the numbers. Of one that does,
+    whether it would not under an older macOS."""
     cache = cache_of(shape, kv_bits=run.kv_bits)
     now = need(level, cache, shape, machine, run.context_tokens, run.chunk_tokens)
+    older = _older_macos(now, machine)
     if verdict(now, machine) == "fits":
-        return []
+        return [older] if older else []
     lines = [
         _smaller_chunk(now, level, cache, shape, machine, run),
         _kv_bits(now, level, cache, shape, machine, run),
         _shorter_context(level, cache, shape, machine, run),
         _raised_limit(now, machine),
         _smaller_level(now, machine),
-        _older_macos(now, machine),
+        older,
     ]
     return [line for line in lines if line]
 
 
 def _smaller_chunk(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
-    """The largest chunk that makes it better, or else the one that saves most."""
     if level.format == "gguf":
         return ""
-    smaller = [chunk for chunk in SMALLER_CHUNKS if chunk < min(run.chunk_tokens, run.context_tokens)]
-    needs = [need(level, cache, shape, machine, run.context_tokens, chunk) for chunk in smaller]
-    better = [n for n in needs if _rank(n, machine) > _rank(now, machine)]
-    chosen = better[0] if better else min(needs, key=lambda n: n.total_bytes, default=now)
-    saved = now.total_bytes - chosen.total_bytes
-    if saved < now.total_bytes // 100:
+    best = _best(now, machine, _in_chunks(level, cache, shape, machine, run)[1:])
+    if best is None or now.total_bytes - best.total_bytes < now.total_bytes // 100:
         return ""
-    return f"--prefill-step {chosen.chunk_tokens} saves {format_bytes(saved)}{_then(chosen, machine)}"
+    saved = format_bytes(now.total_bytes - best.total_bytes)
+    return f"--prefill-step {best.chunk_tokens} saves {saved}{_then(best, machine)}"
 
 
 def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+    """With a smaller chunk where that is what makes it better: attention over quantized keys makes scores."""
     if run.kv_bits:
         return ""
     if level.format == "mlx" and not cache.quantizable:
         return "--kv-bits 8 does not help: no layer's cache can be quantized"
-    small = need(level, cache_of(shape, kv_bits=8), shape, machine, run.context_tokens, run.chunk_tokens)
-    saved = now.total_bytes - small.total_bytes
-    if saved > now.total_bytes // 100:
-        return f"--kv-bits 8 saves {format_bytes(saved)}{_then(small, machine)}"
-    less = format_bytes(now.cache_bytes - small.cache_bytes)
-    if saved < 0:
-        return f"--kv-bits 8 does not help: {less} less cache, but attention is no longer fused and makes scores"
-    return ""
+    small = _in_chunks(level, cache_of(shape, kv_bits=8), shape, machine, run)
+    best = _best(now, machine, small[:1]) or _best(now, machine, small[1:])
+    if best is not None and now.total_bytes - best.total_bytes > now.total_bytes // 100:
+        chunk = "" if best.chunk_tokens == now.chunk_tokens else f" --prefill-step {best.chunk_tokens}"
+        saved = format_bytes(now.total_bytes - best.total_bytes)
+        return f"--kv-bits 8{chunk} saves {saved}{_then(best, machine)}"
+    if small[0].total_bytes < now.total_bytes:
+        return ""
+    less = format_bytes(now.cache_bytes - small[0].cache_bytes)
+    return f"--kv-bits 8 does not help: {less} less cache, but attention is no longer fused and makes scores"
+
+
+def _in_chunks(level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> list[Need]:
+    """The run as it was asked for, then in smaller chunks."""
+    smaller = [chunk for chunk in SMALLER_CHUNKS if chunk < min(run.chunk_tokens, run.context_tokens)]
+    chunks = [run.chunk_tokens, *(smaller if level.format == "mlx" else ())]
+    return [need(level, cache, shape, machine, run.context_tokens, chunk) for chunk in chunks]
+
+
+def _best(now: Need, machine: Machine, needs: Sequence[Need]) -> Need | None:
+    """The first with a better verdict, or else the one that saves most; None where none saves anything."""
+    less = [n for n in needs if n.total_bytes < now.total_bytes]
+    better = [n for n in less if _rank(n, machine) > _rank(now, machine)]
+    return better[0] if better else min(less, key=lambda n: n.total_bytes, default=None)
 
 
 def _shorter_context(level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
@@ -157,18 +172,17 @@ def _shorter_context(level: Level, cache: Cache, shape: ModelShape, machine: Mac
 
 
 def _raised_limit(now: Need, machine: Machine) -> str:
-    """Metal's own limit, where it is what binds and RAM has more."""
-    if not _has_gpu(machine) or now.largest_buffer_bytes > machine.max_buffer_bytes:
+    """Metal's own limit, where it is what binds and RAM has more. Enough for a fit at ease, if there is as much."""
+    if not _has_gpu(machine):
         return ""
-    most = machine.memory_bytes - _system_bytes(machine)
-    wanted = -(-int(now.total_bytes / EASE) // MIB) * MIB
-    if wanted <= machine.working_set_bytes or now.total_bytes + PROCESS_BYTES > most:
+    mib = min(int(now.total_bytes / EASE) // MIB + 1, (machine.memory_bytes - _system_bytes(machine)) // MIB)
+    raised = replace(machine, working_set_bytes=mib * MIB)
+    if _rank(now, raised) <= _rank(now, machine):
         return ""
-    limit = min(wanted, most)
-    kept = format_bytes(machine.memory_bytes - limit)
+    kept = format_bytes(machine.memory_bytes - mib * MIB)
     return (
-        f"sudo sysctl iogpu.wired_limit_mb={limit // MIB} lets the GPU have {format_bytes(limit)} and leaves {kept} to "
-        "the system; macOS may swap or panic, and it is lost at reboot"
+        f"sudo sysctl iogpu.wired_limit_mb={mib} lets the GPU have {format_bytes(mib * MIB)} and leaves {kept} to the "
+        f"system{_then(now, raised)}; macOS may swap or panic, and it is lost at reboot"
     )
 
 

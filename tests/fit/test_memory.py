@@ -120,18 +120,22 @@ def test_advice_helps_by_its_numbers():
     weights = next(line for line in lines if line.startswith("a level of"))
     room = float(re.search(r"at most ([0-9.]+) GB", weights)[1])
     assert verdict(need(level(int((room - 0.01) * GB)), cache_of(LLAMA), LLAMA, M2, 32768), M2) != "no"
-    # Float keys are read by a fused kernel; quantized ones need scores, which here are larger than what is saved.
-    assert not [line for line in lines if line.startswith("--kv-bits 8 saves")]
+    # Float keys are read by a fused kernel; quantized ones make scores, which only a smaller chunk makes small.
+    bits = next(line for line in lines if line.startswith("--kv-bits 8 --prefill-step"))
+    chunk = int(bits.split()[3])
+    eight = need(level(8 * GB), cache_of(LLAMA, kv_bits=8), LLAMA, M2, 32768, chunk)
+    assert bits.endswith({"fits": "then it fits", "tight": "then it is tight"}[verdict(eight, M2)])
 
 
 def test_advice_says_why_bits_do_not_help():
-    (line,) = [a for a in advice(level(9 * GB), LLAMA, M2, Run(16384)) if "--kv-bits" in a]
+    many = replace(LLAMA, kv_heads=1)  # a cache so small that scores outweigh it in any chunk
+    (line,) = [a for a in advice(level(11_600_000_000), many, M2, Run(4096, chunk_tokens=256)) if "--kv-bits" in a]
     assert line.startswith("--kv-bits 8 does not help: ")
     assert "scores" in line
     mla = ModelShape.from_config({"model_type": "deepseek_v3", "vocab_size": 1000})
     assert "--kv-bits 8 does not help: no layer's cache can be quantized" in advice(level(12 * GB), mla, M2, Run())
     # llama.cpp's flash attention reads quantized keys: there it saves what it saves.
-    gguf = advice(level(9 * GB, "gguf"), LLAMA, M2, Run(16384))
+    gguf = advice(level(10 * GB, "gguf"), LLAMA, M2, Run(16384))
     assert [line for line in gguf if line.startswith("--kv-bits 8 saves")]
     assert not [line for line in gguf if "--prefill-step" in line]
 
@@ -155,8 +159,9 @@ def test_nothing_is_advised_that_does_not_help():
 
 def test_older_macos_is_named_where_the_answer_differs():
     """16 GB: 11.84 GiB under macOS 26, 10.67 GiB under macOS 15."""
-    assert "under macOS 15 or before: it does not fit" in advice(level(10 * GB), LLAMA, M2, Run(4096))
-    assert not [a for a in advice(level(10 * GB), LLAMA, M2_8, Run(4096)) if "macOS" in a and "sysctl" not in a]
+    assert advice(level(9_900_000_000), LLAMA, M2, Run(4096)) == ["under macOS 15 or before: it does not fit"]
+    assert not advice(level(8 * GB), LLAMA, M2, Run(4096))
+    assert not [a for a in advice(level(10 * GB), LLAMA, M2_8, Run(4096)) if a.startswith("under macOS")]
 
 
 SERVER = """
