@@ -45,7 +45,8 @@ def command(model: str | None, **options: Any) -> None:
     if options["table"] or options["plot"]:
         say_grid(subject, machine, asked, options)
     else:
-        say_answer(subject, machine, asked, {**options, "model": model})
+        source = model if model and not subject.remarks else "MODEL"  # what convert can be given
+        say_answer(subject, machine, asked, options, source)
 
 
 def machine_of(options: dict[str, Any]) -> Machine:
@@ -56,7 +57,7 @@ def machine_of(options: dict[str, Any]) -> Machine:
     return described(**words) if any(value is not None for value in words.values()) else probe()
 
 
-def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any]) -> None:
+def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any], source: str) -> None:
     from mlxquant.fit.answer import answer
     from mlxquant.fit.calibration import load
 
@@ -65,10 +66,8 @@ def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[s
     if options["pick"]:
         from mlxquant.fit.pick import pick
 
-        name, form = options["model"] or "MODEL", options["form"]
-        chosen = pick(
-            found.rows, options["use"], machine, asked.context_tokens, name=name, form=form, kv_bits=asked.kv_bits
-        )
+        wanted = {"name": source, "form": options["form"], "kv_bits": asked.kv_bits}
+        chosen = pick(found.rows, options["use"], machine, asked.context_tokens, **wanted)
     if options["as_json"]:
         click.echo(json.dumps(found.to_json() | ({"pick": chosen.to_json()} if chosen else {})))
         return

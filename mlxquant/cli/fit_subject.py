@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 # What a config.json says of weights that are stored in a scheme we do not read; MLX's own block is `quantization`.
 _SCHEME = "quantization_config"
+_METHOD_CHARS = 40
 
 
 def subject_of(model: str | None, options: Mapping[str, Any]) -> Subject:
@@ -50,10 +51,10 @@ def _of_config(path: Path) -> Subject:
     from mlxquant.files.reading import read_json_object
 
     name = path.resolve().parent.name if path.name == _CONFIG else path.stem
-    return _published(name, read_json_object(path))
+    return _published(name, read_json_object(path), "from config.json alone: its weights are not here")
 
 
-def _published(name: str, config: dict[str, Any], dtype: str | None = None) -> Subject:
+def _published(name: str, config: dict[str, Any], remark: str) -> Subject:
     """The checkpoint that a config stands for."""
     from mlxquant.families.checkpoint import checkpoint
     from mlxquant.fit.subject import Subject
@@ -62,7 +63,7 @@ def _published(name: str, config: dict[str, Any], dtype: str | None = None) -> S
     scheme = plain.get(_SCHEME)
     if isinstance(scheme, dict) and scheme.get("quant_method") != "mxfp4":
         del plain[_SCHEME]
-    return Subject(name, plain, checkpoint(plain, dtype))
+    return Subject(name, plain, checkpoint(plain), remarks=(remark,))
 
 
 def _of_gguf(name: str, source: GGUFSource) -> Subject:
@@ -82,9 +83,18 @@ def _of_specs(name: str, config: dict[str, Any], specs: Mapping[str, TensorSpec]
         plain, floats, packed = as_floats(config, specs)
         rounded = {key: weight.format for key, weight in packed.items()}
         return Subject(name, plain, floats, rounded, stored_mlx(config, specs))
-    if config.get(_SCHEME) and not Subject(name, config, specs).published_mxfp4:
-        return _published(name, config)  # FP8 and the like: the floats that it stands for
-    return Subject(name, config, specs)
+    subject = Subject(name, config, specs)
+    if config.get(_SCHEME) and not subject.published_mxfp4:
+        return _published(
+            name, config, f"stored as {_method(config)}, which convert does not read: as the floats of it"
+        )
+    return subject
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    scheme = config[_SCHEME]
+    found = scheme.get("quant_method") if isinstance(scheme, dict) else None
+    return found[:_METHOD_CHARS] if isinstance(found, str) else "an unknown scheme"
 
 
 def _remote(model: str, revision: str | None) -> Subject:

@@ -101,6 +101,8 @@ def _levels(answer: Answer) -> Table:
 
 def _cells(row: Row) -> list[str | Text]:
     verdict, colour = _VERDICTS[row.verdict]
+    if row.verdict == "fits" and row.advice:
+        verdict += "*"
     eight = "-" if row.longest_8bit is None else longest(row.longest_8bit)
     cells: list[str | Text] = [row.level.key, format_bytes(row.level.nbytes), f"{row.level.bpw:.2f}"]
     cells += [format_bytes(row.need.total_bytes), Text(verdict, colour), longest(row.longest_float), eight]
@@ -135,14 +137,25 @@ def _notes(answer: Answer) -> Iterator[str]:
     elif answer.machine.bandwidth_bytes_per_s is None:
         yield "no speeds: the memory bandwidth of this machine is not known; --chip names a chip, --calibrate times"
     yield from answer.cache.notes
+    yield from answer.subject.remarks
+    for reason, count, size in answer.left_out:
+        yield f"left out: {count} tensors, {format_bytes(size)}: {reason}"
+    if answer.machine.device == "cpu":
+        yield "no GPU here: weights are expanded to float32 where they fit, four bytes each, which `needs` leaves out"
     if any(row.longest_8bit is not None and row.longest_8bit < row.longest_float for row in answer.rows):
         yield "8-bit KV in MLX: attention over it is not fused and holds scores, so a smaller --prefill-step pays"
-    yield from dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
-    advised = next((row for row in reversed(_of_one_format(answer.rows)) if row.advice), None)
-    if advised is not None:
+    yield from (line for line in _remarks(answer) if "tensors left out" not in line)
+    if any(row.verdict == "fits" and row.advice for row in answer.rows):
+        yield "* tight, or too much, under macOS 15 and before"
+    short = [row for row in _of_one_format(answer.rows) if row.verdict != "fits"]
+    if short and (advised := short[-1]).advice:
         yield f"what helps {advised.level.key}:"
         yield from (f"  {line}" for line in advised.advice)
     yield from _refusals(answer)
+
+
+def _remarks(answer: Answer) -> Iterable[str]:
+    return dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
 
 
 def _of_one_format(rows: Sequence[Row]) -> list[Row]:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlxquant.fit.cache import Cache, cache_of
+from mlxquant.fit.cache import Cache
 from mlxquant.fit.calibration import Own
-from mlxquant.fit.levels import levels, survey
-from mlxquant.fit.memory import advice, limit_bytes, longest_context, need, verdict
+from mlxquant.fit.levels import left_out, levels, survey
+from mlxquant.fit.memory import advice, cache_on, limit_bytes, longest_context, need, verdict
 from mlxquant.fit.speed import speed
 from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level, Row
@@ -41,7 +41,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """`rows`: one for each level. `refused`: levels that cannot be written -> why."""
+    """`rows`: one for each level. `refused`: levels that cannot be written -> why. `left_out`: (reason, tensors, bytes)
+    of what the source holds beside the model."""
 
     subject: Subject
     machine: Machine
@@ -49,6 +50,7 @@ class Answer:
     cache: Cache
     rows: tuple[Row, ...]
     refused: Mapping[str, str]
+    left_out: tuple[tuple[str, int, int], ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values. Bytes, tokens, tokens a second and seconds."""
@@ -66,6 +68,8 @@ class Answer:
             },
             "levels": [_row_json(row) for row in self.rows],
             "refused": dict(self.refused),
+            "left_out": [{"reason": why, "tensors": count, "bytes": size} for why, count, size in self.left_out],
+            "remarks": list(self.subject.remarks),
         }
 
 
@@ -75,8 +79,8 @@ def answer(subject: Subject, machine: Machine, asked: Asked, *, every: bool = Fa
     Raises SourceError and UnsupportedError for a model that cannot be reckoned with, naming what it is.
     """
     shape, cost = subject.shape, work(subject)
-    plain, small = cache_of(shape), cache_of(shape, kv_bits=8)
-    cache = cache_of(shape, kv_bits=asked.kv_bits)
+    plain, small = cache_on(machine, shape), cache_on(machine, shape, 8)
+    cache = cache_on(machine, shape, asked.kv_bits)
     depths = tuple(sorted({*DEPTHS_TOKENS, asked.context_tokens}))
     ceiling, chunk = shape.context_length or CEILING_TOKENS, asked.chunk_tokens
 
@@ -93,15 +97,13 @@ def answer(subject: Subject, machine: Machine, asked: Asked, *, every: bool = Fa
 
     found = survey(subject, every)
     rows = _advised(tuple(map(row, found.levels)), subject, machine, asked)
-    return Answer(subject, machine, asked, cache, rows, found.refused)
+    return Answer(subject, machine, asked, cache, rows, found.refused, left_out(subject))
 
 
 def _advised(rows: Sequence[Row], subject: Subject, machine: Machine, asked: Asked) -> tuple[Row, ...]:
-    """With what would help each level that does not fit at ease."""
-    return tuple(
-        row if row.verdict == "fits" else replace(row, advice=tuple(advice(row.level, subject.shape, machine, asked)))
-        for row in rows
-    )
+    """With what would help each level that does not fit at ease, or not under an older macOS."""
+    shape = subject.shape
+    return tuple(replace(row, advice=tuple(advice(row.level, shape, machine, asked))) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,10 @@ class Grid:
 def grid(subject: Subject, machines: Iterable[Machine], asked: Asked, *, every: bool = False) -> Grid:
     """The longest context that fits, for every level on every machine. Raises as `answer`."""
     shape, machines = subject.shape, tuple(machines)
-    cache, ceiling = cache_of(shape, kv_bits=asked.kv_bits), shape.context_length or CEILING_TOKENS
-    shown = levels(subject, every)
+    ceiling, shown = shape.context_length or CEILING_TOKENS, levels(subject, every)
 
     def longest(level: Level, machine: Machine) -> int:
+        cache = cache_on(machine, shape, asked.kv_bits)
         return longest_context(level, cache, shape, machine, asked.chunk_tokens, ceiling)
 
     new = tuple(tuple(longest(level, machine) for machine in machines) for level in shown)

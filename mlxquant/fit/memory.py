@@ -38,6 +38,11 @@ class Run(Protocol):
     def chunk_tokens(self) -> int: ...
 
 
+def cache_on(machine: Machine, shape: ModelShape, kv_bits: int | None = None) -> Cache:
+    """mlx-lm's cache there: on a CPU models run in float32 (run/expand.py), and keys and values with them."""
+    return cache_of(shape, kv_bits=kv_bits, item_bytes=2 if _has_gpu(machine) else 4)
+
+
 def need(
     level: Level, cache: Cache, shape: ModelShape, machine: Machine, context_tokens: int, chunk_tokens: int = 2048
 ) -> Need:
@@ -108,7 +113,7 @@ def longest(fits: Callable[[int], bool], ceiling_tokens: int) -> int:
 def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[str]:
     """What helps a level that does not fit at ease, one line each: only what helps by the numbers. Of one that does,
     whether it would not under an older macOS."""
-    cache = cache_of(shape, kv_bits=run.kv_bits)
+    cache = cache_on(machine, shape, run.kv_bits)
     now = need(level, cache, shape, machine, run.context_tokens, run.chunk_tokens)
     older = _older_macos(now, machine)
     if verdict(now, machine) == "fits":
@@ -140,7 +145,7 @@ def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: 
         return ""
     if level.format == "mlx" and not cache.quantizable:
         return "--kv-bits 8 does not help: no layer's cache can be quantized"
-    small = _in_chunks(level, cache_of(shape, kv_bits=8), shape, machine, run)
+    small = _in_chunks(level, cache_on(machine, shape, 8), shape, machine, run)
     best = _best(now, machine, small[:1]) or _best(now, machine, small[1:])
     if best is not None and now.total_bytes - best.total_bytes > now.total_bytes // 100:
         chunk = "" if best.chunk_tokens == now.chunk_tokens else f" --prefill-step {best.chunk_tokens}"

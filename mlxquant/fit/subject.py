@@ -23,7 +23,7 @@ class Subject:
     """`specs`: of the float checkpoint, under Hugging Face's or MLX's names. `quantized`: those that have been rounded
     before -> their format. `stored`: the level that a quantized model or a GGUF file is at already. `tokens`: entries
     of the tokenizer, where it has been read: gemma3's GGUF embedding is cut to them. `gguf`: of a GGUF file, its
-    metadata with types and its tensors: from them convert makes another one.
+    metadata with types and its tensors: from them convert makes another one. `remarks`: what was taken for granted.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Subject:
     stored: Level | None = None
     tokens: int | None = None
     gguf: tuple[Mapping[str, Any], Mapping[str, GGUFTensor]] | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def shape(self) -> ModelShape:
