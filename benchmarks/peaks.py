@@ -2,7 +2,8 @@
 
     python benchmarks/peaks.py [--json]
 
-Rows of set 'table' are those the rules were checked on; rows of set 'more' were found afterwards and changed nothing.
+Rows of set 'table' are those the rules were checked on; rows of set 'more' were found afterwards, and nothing was
+changed for their sake.
 Weights are the plan's own bytes of a uniform conversion with groups of 64, as mlx-community publishes them.
 """
 
