@@ -72,9 +72,10 @@ class Machine:
 
     @property
     def title(self) -> str:
-        """'M3 Max, 40 GPU cores, 64 GB', with RAM as Apple prints it."""
+        """'M3 Max, 40 GPU cores, 64 GB', with RAM as Apple prints it; that of another computer in GiB."""
         cores = [f"{self.gpu_cores} GPU cores"] if self.gpu_cores else []
-        return ", ".join([self.chip.removeprefix("Apple "), *cores, _gb(self.memory_bytes)])
+        unit = "GB" if self.device == "gpu" else "GiB"
+        return ", ".join([self.chip.removeprefix("Apple "), *cores, f"{self.memory_bytes / GIB:.4g} {unit}"])
 
     def with_older_macos(self) -> Machine:
         """A described Mac under macOS 15 or before; itself where nothing differs."""

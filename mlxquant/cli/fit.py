@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.fit_options import check, fit_options
+from mlxquant.cli.fit_options import FORMATS, USES, check, fit_options
 from mlxquant.cli.sections import SectionCommand
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[s
     if options["pick"]:
         from mlxquant.fit.pick import pick
 
-        wanted = {"name": source, "form": options["form"], "kv_bits": asked.kv_bits}
-        chosen = pick(found.rows, options["use"], machine, asked.context_tokens, **wanted)
+        wanted: dict[str, Any] = {"name": source, "form": options["form"] or FORMATS[0], "kv_bits": asked.kv_bits}
+        chosen = pick(found.rows, options["use"] or USES[0], machine, asked.context_tokens, **wanted)
     if options["as_json"]:
         click.echo(json.dumps(found.to_json() | ({"pick": chosen.to_json()} if chosen else {})))
         return

@@ -37,9 +37,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _option(MACHINE, "--gpu-cores", type=_COUNT, help="Its GPU cores, where the chip is sold with several."),
     _option(MACHINE, "--calibrate", is_flag=True, help="Time MODEL here, and keep this machine's own constants."),
     _option(OUTPUT, "--pick", is_flag=True, help="Name one level, why, and the command to run."),
-    _option(OUTPUT, "--for", "use", type=click.Choice(USES), default="chat", show_default=True, help="What for."),
-    _option(OUTPUT, "--format", "form", type=click.Choice(FORMATS), default="mlx", show_default=True,
-            help="What --pick chooses from."),
+    _option(OUTPUT, "--for", "use", type=click.Choice(USES), help="What for.  [default: chat]"),
+    _option(OUTPUT, "--format", "form", type=click.Choice(FORMATS), help="What --pick chooses from.  [default: mlx]"),
     _option(OUTPUT, "--table", is_flag=True, help="The longest context of each level on Macs of 8 to 128 GB."),
     _option(OUTPUT, "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw that table: .png or .svg."),
     _option(OUTPUT, "--json", "as_json", is_flag=True, help="Print one JSON object."),
@@ -78,5 +77,18 @@ def check(model: str | None, options: dict[str, Any]) -> None:
     if options["calibrate"] and (shape or elsewhere):
         found = f"--calibrate times a model on this machine, and {(elsewhere or shape)[0]} describes one"
         raise UsageError(found, hint="give a folder or a .gguf file, and leave the description out")
-    if options["pick"] and (options["table"] or options["plot"]):
+    _answers(options, elsewhere)
+
+
+def _answers(options: dict[str, Any], elsewhere: list[str]) -> None:
+    """One answer at a time, and nothing asked that it would pass over."""
+    grid = next((f"--{name}" for name in ("table", "plot") if options[name]), None)
+    if options["calibrate"] and (grid or options["pick"]):
+        raise UsageError(f"--calibrate times, and {grid or '--pick'} reckons", hint="calibrate first, then ask")
+    if options["pick"] and grid:
         raise UsageError("--pick is for one Mac, --table and --plot are for many", hint="leave one of them out")
+    if grid and elsewhere:
+        raise UsageError(f"{grid} is of Macs of 8 to 128 GB, and {elsewhere[0]} names one", hint=f"leave {grid} out")
+    unused = next((f"--{name}" for name, key in (("for", "use"), ("format", "form")) if options[key]), None)
+    if unused and not options["pick"]:
+        raise UsageError(f"{unused} is for --pick", hint=f"add --pick, or leave {unused} out")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxquant.fit.memory import limit_bytes
+from mlxquant.fit.memory import FILL, limit_bytes
 from mlxquant.plan.gguf_types import few
 from mlxquant.units import GIB, format_bytes, format_count, format_number
 
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from mlxquant.fit.values import Range, Row
     from mlxquant.machine import Machine
 
+    Cell = Callable[[Row], str | Text]
+
 _PIPE_CHARS = 200  # nobody wraps what goes into a pipe
 _VERDICTS = {"fits": ("yes", "green"), "tight": ("tight", "yellow"), "no": ("no", "red")}
-_REFUSED = 3  # lines of levels that cannot be written
+_MOST = 3  # lines of remarks, and of levels that cannot be written
+_EIGHT, _PREFILL, _FIRST = "with\n8-bit KV", "prefill\ntok/s", "first\ntoken"
 
 
 def console() -> Console:
@@ -35,7 +39,10 @@ def show(answer: Answer, chosen: Pick | None) -> None:
     for line in (_model(answer), *_machine(answer.machine), _context(answer)):
         _say(out, line)
     out.print()
-    out.print(_levels(answer))
+    table, gone = _levels(answer, out.width)
+    out.print(table)
+    if gone:
+        _say(out, f"left out at this width: {', '.join(gone)}", "dim")
     for line in _notes(answer):
         _say(out, line, "dim")
     if chosen is not None:
@@ -58,12 +65,7 @@ def _model(answer: Answer) -> str:
 
 def _machine(machine: Machine) -> Iterator[str]:
     speed = f", {format_number(machine.bandwidth_bytes_per_s / 1e9)} GB/s" if machine.bandwidth_bytes_per_s else ""
-    how = {"read": "read from it", "observed": "as such Macs print it", "derived": "by rule: no such Mac was seen"}
-    yield (
-        f"{machine.title}{speed}: a model may take {format_bytes(limit_bytes(machine))}, 95 % of the GPU's "
-        f"{format_bytes(machine.working_set_bytes)} ({how[machine.limits]}); "
-        f"{format_bytes(machine.system_bytes)} stay with the system"
-    )
+    yield f"{machine.title}{speed}: a model may take {format_bytes(limit_bytes(machine))}{_whole(machine)}"
     if machine.older_working_set_bytes is not None:
         yield f"  under macOS 15 and before the GPU's part is {format_bytes(machine.older_working_set_bytes)}"
     if machine.usual_working_set_bytes not in (None, machine.working_set_bytes):
@@ -71,12 +73,24 @@ def _machine(machine: Machine) -> Iterator[str]:
     yield from (f"  {remark}" for remark in machine.remarks)
 
 
+def _whole(machine: Machine) -> str:
+    """What the limit is a part of. A working set that was raised by hand is not used up to 95 %."""
+    whole, kept = format_bytes(machine.working_set_bytes), format_bytes(machine.system_bytes)
+    share = "95 %" if limit_bytes(machine) == int(FILL * machine.working_set_bytes) else "part"
+    if machine.device == "cpu":
+        return f", {share} of the {whole} that are free now; no GPU was found"
+    how = {"read": "read from it", "observed": "as such Macs report it", "derived": "by rule: no such Mac was seen"}
+    return f", {share} of the GPU's {whole} ({how[machine.limits]}); {kept} stay with the system"
+
+
 def _context(answer: Answer) -> str:
     asked, cache = answer.asked, answer.cache
     held = cache.peak_bytes(asked.context_tokens, 1, asked.chunk_tokens)
     bits = f"{asked.kv_bits} bits" if asked.kv_bits else "16 bits"
     kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(answer))
-    return f"{tokens(asked.context_tokens)} tokens of context: cache {format_bytes(held)} in {bits} ({kinds})"
+    made_for = answer.subject.shape.context_length
+    beyond = "; more than the model was made for" if made_for and asked.context_tokens > made_for else ""
+    return f"{tokens(asked.context_tokens)} tokens of context: cache {format_bytes(held)} in {bits} ({kinds}){beyond}"
 
 
 def _kinds(answer: Answer) -> Iterable[tuple[str, int]]:
@@ -86,30 +100,71 @@ def _kinds(answer: Answer) -> Iterable[tuple[str, int]]:
     return sums.items()
 
 
-def _levels(answer: Answer) -> Table:
+def _levels(answer: Answer, width: int) -> tuple[Table, list[str]]:
+    """The table, and the heads of the columns that gave way to `width`: a number cut short would be a wrong one."""
+    columns, gone = _columns(answer), []
+    for head in _give_way(answer):
+        if _natural_width(_table(answer, columns)) <= width:
+            break
+        if columns.pop(head, None):
+            gone.append(head.replace("\n", " "))
+    return _table(answer, columns), gone
+
+
+def _natural_width(table: Table) -> int:
+    return Console(width=_PIPE_CHARS).measure(table).maximum
+
+
+def _table(answer: Answer, columns: Mapping[str, Cell]) -> Table:
     table = Table(header_style="bold", box=None, pad_edge=False)
-    depths = [depth for depth, _ in answer.rows[0].speed.decode] if answer.rows[0].speed else []
-    heads = ["size", "bpw", "needs", "fits", "longest", "8-bit KV"]
-    heads += [f"tok/s at {tokens(depth)}" for depth in depths] + ["prefill", "first token"] * bool(depths)
-    table.add_column("level", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("\nlevel", no_wrap=True)
+    for head in columns:
+        table.add_column(head if "\n" in head else f"\n{head}", justify="right", no_wrap=True)
     for row in answer.rows:
-        table.add_row(*_cells(row))
+        table.add_row(row.level.key, *(cell(row) for cell in columns.values()))
     return table
 
 
-def _cells(row: Row) -> list[str | Text]:
+def _columns(answer: Answer) -> dict[str, Cell]:
+    """Head -> what stands below it."""
+    columns: dict[str, Cell] = {
+        "size": lambda row: format_bytes(row.level.nbytes),
+        "bpw": lambda row: f"{row.level.bpw:.2f}",
+        "needs": lambda row: format_bytes(row.need.total_bytes),
+        "fits": _verdict,
+        "longest\ncontext": lambda row: longest(row.longest_float),
+        _EIGHT: lambda row: "-" if row.longest_8bit is None else longest(row.longest_8bit),
+    }
+    columns |= {_at(depth): partial(_decode, at) for at, depth in enumerate(_depths(answer))}
+    if _depths(answer):
+        columns[_PREFILL] = lambda row: span(row.speed.prefill) if row.speed else ""
+        columns[_FIRST] = lambda row: f"{span(row.speed.ttft_s)} s" if row.speed else ""
+    return columns
+
+
+def _give_way(answer: Answer) -> list[str]:
+    """Heads, in the order in which they leave a narrow terminal. Decoding at the context's end stays."""
+    between = [_at(depth) for depth in reversed(_depths(answer))]
+    ends = (_at(0), _at(answer.asked.context_tokens))
+    return ["bpw", *(head for head in between if head not in ends), _PREFILL, _EIGHT, _FIRST, _at(0)]
+
+
+def _depths(answer: Answer) -> list[int]:
+    speed = answer.rows[0].speed
+    return [depth for depth, _ in speed.decode] if speed else []
+
+
+def _at(depth: int) -> str:
+    return f"tok/s\nat {tokens(depth)}"
+
+
+def _decode(at: int, row: Row) -> str:
+    return span(row.speed.decode[at][1]) if row.speed else ""
+
+
+def _verdict(row: Row) -> Text:
     verdict, colour = _VERDICTS[row.verdict]
-    if row.verdict == "fits" and row.advice:
-        verdict += "*"
-    eight = "-" if row.longest_8bit is None else longest(row.longest_8bit)
-    cells: list[str | Text] = [row.level.key, format_bytes(row.level.nbytes), f"{row.level.bpw:.2f}"]
-    cells += [format_bytes(row.need.total_bytes), Text(verdict, colour), longest(row.longest_float), eight]
-    if row.speed:
-        cells += [span(found) for _, found in row.speed.decode]
-        cells += [span(row.speed.prefill), f"{span(row.speed.ttft_s)} s"]
-    return cells
+    return Text(verdict + "*" * (row.verdict == "fits" and bool(row.advice)), colour)
 
 
 def tokens(count: int) -> str:
@@ -127,7 +182,7 @@ def span(found: Range) -> str:
 
 
 def _rounded(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
 def _notes(answer: Answer) -> Iterator[str]:
@@ -141,10 +196,10 @@ def _notes(answer: Answer) -> Iterator[str]:
     for reason, count, size in answer.left_out:
         yield f"left out: {count} tensors, {format_bytes(size)}: {reason}"
     if answer.machine.device == "cpu":
-        yield "no GPU here: weights are expanded to float32 where they fit, four bytes each, which `needs` leaves out"
+        yield "without a GPU weights are expanded to float32 where they fit, four bytes each, which `needs` leaves out"
     if any(row.longest_8bit is not None and row.longest_8bit < row.longest_float for row in answer.rows):
         yield "8-bit KV in MLX: attention over it is not fused and holds scores, so a smaller --prefill-step pays"
-    yield from (line for line in _remarks(answer) if "tensors left out" not in line)
+    yield from _remarks(answer)
     if any(row.verdict == "fits" and row.advice for row in answer.rows):
         yield "* tight, or too much, under macOS 15 and before"
     short = [row for row in _of_one_format(answer.rows) if row.verdict != "fits"]
@@ -154,8 +209,13 @@ def _notes(answer: Answer) -> Iterator[str]:
     yield from _refusals(answer)
 
 
-def _remarks(answer: Answer) -> Iterable[str]:
-    return dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
+def _remarks(answer: Answer) -> Iterator[str]:
+    """Of all levels together; what is left out has been named already."""
+    found = dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
+    said = [remark for remark in found if "tensors left out" not in remark]
+    yield from said[:_MOST]
+    if len(said) > _MOST:
+        yield f"and {len(said) - _MOST} more of this kind: `mlxquant convert --dry-run` names those of a level"
 
 
 def _of_one_format(rows: Sequence[Row]) -> list[Row]:
@@ -170,9 +230,9 @@ def _refusals(answer: Answer) -> Iterator[str]:
     alike: dict[str, list[str]] = {}
     for key, why in answer.refused.items():
         alike.setdefault(why, []).append(key)
-    for why, keys in list(alike.items())[:_REFUSED]:
+    for why, keys in list(alike.items())[:_MOST]:
         yield f"{few(keys)} cannot be written: {why}"
-    if len(alike) > _REFUSED:
+    if len(alike) > _MOST:
         yield "and others, for other reasons: --json names them"
 
 

@@ -215,7 +215,8 @@ def _rank(needed: Need, machine: Machine) -> int:
 
 
 def _then(needed: Need, machine: Machine) -> str:
-    return {"fits": ": then it fits", "tight": ": then it is tight", "no": ""}[verdict(needed, machine)]
+    words = {"fits": ": then it fits", "tight": ": then it is tight", "no": ", not enough alone"}
+    return words[verdict(needed, machine)]
 
 
 def _has_gpu(machine: Machine) -> bool:

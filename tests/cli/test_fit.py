@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -43,8 +50,60 @@ def level(found: dict, key: str) -> dict:
 def test_a_folder_for_people(folder: Path):
     result = mlxquant("fit", folder, *MAC)
     assert result.code == 0, result
-    for text in ("qwen3", "M2, 8 GB, 102 GB/s", "mlx 4-bit", "gguf Q4_K_M", "tok/s at 0", "first token"):
+    for text in ("qwen3", "M2, 8 GB, 102 GB/s", "mlx 4-bit", "gguf Q4_K_M", "tok/s", "at 0", "first"):
         assert text in result.out, text
+
+
+@pytest.mark.parametrize(("columns", "gone"), [(80, 5), (100, 3), (120, 0)])
+def test_a_narrow_terminal_loses_columns_and_no_digits(columns: int, gone: int):
+    shape = ("--params", "30B", "--experts", "128", "--active", "8")
+    lines = on_a_terminal(columns, "fit", *shape, "--mac", "M5 Max 128GB", "--context", "12k").splitlines()
+    rows = [line for line in lines if line.startswith(("mlx ", "gguf "))]
+    assert len(rows) > 10
+    assert max(map(len, rows)) <= columns
+    heads = next(line for line in lines if line.startswith("level"))
+    assert not any("\N{HORIZONTAL ELLIPSIS}" in line for line in (heads, *rows))
+    assert "needs" in heads
+    assert "at 12k" in heads
+    (note,) = [line for line in lines if line.startswith("left out at this width: ")] or [""]
+    assert len(note.split(", ")) == gone or (not gone and not note)
+
+
+def on_a_terminal(columns: int, *arguments: str) -> str:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    command, plain = [sys.executable, "-m", "mlxquant", *arguments], {"NO_COLOR": "1", "TERM": "xterm"}
+    sized = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    read: list[bytes] = []
+    with subprocess.Popen(command, stdin=slave, stdout=slave, env=sized | plain) as running:
+        os.close(slave)
+        # Linux ends a terminal nobody writes to any more in an error, macOS in nothing.
+        with contextlib.suppress(OSError):
+            while more := os.read(master, 65536):
+                read.append(more)
+    os.close(master)
+    assert running.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", b"".join(read).decode())
+
+
+def test_a_computer_without_a_gpu_is_not_said_to_have_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("mlxquant.machine.platform.system", lambda: "Linux")
+    monkeypatch.setattr("mlxquant.machine._linux_memory", lambda: (25_276_513_280, 20 * 10**9))
+    monkeypatch.setattr("mlxquant.machine._linux_cpu", lambda: "Some CPU")
+    out = mlxquant("fit", folder).out
+    assert "Some CPU, 23.54 GiB: a model may take 19 GB, 95 % of the 20 GB that are free now; no GPU was found" in out
+    assert "GPU's" not in out
+
+
+def test_a_context_beyond_the_models_own_is_said_to_be(folder: Path):
+    assert "more than the model was made for" in mlxquant("fit", folder, *MAC, "--context", "4k").out
+    assert "more than the model was made for" not in mlxquant("fit", folder, *MAC, "--context", "2k").out
+
+
+def test_remarks_do_not_bury_the_table(folder: Path):
+    out = mlxquant("fit", folder, *MAC).out
+    assert out.count("is not a multiple of 256") == 3
+    assert "more of this kind" in out
 
 
 def test_the_bytes_are_those_of_converts_plan(folder: Path):
@@ -105,6 +164,10 @@ def test_a_gated_repo_is_one_line(folder: Path, fake_hub: FakeHub):
         (("--params", "7B", "--layers", "32", "--context", "0"), ("--context 0",)),
         (("--params", "7B", "--layers", "32", "--calibrate"), ("--calibrate",)),
         (("--params", "7B", "--layers", "32", "--pick", "--table"), ("--pick",)),
+        (("--params", "7B", "--table", "--mac", "M2 8GB"), ("--table", "--mac")),
+        (("--params", "7B", "--for", "code"), ("--for is for --pick",)),
+        (("--params", "7B", "--format", "gguf"), ("--format is for --pick",)),
+        (("model", "--calibrate", "--pick"), ("--calibrate", "--pick")),
         (("no/such/model", "--mac", "M2 8GB"), ("no/such/model",)),
     ],
 )
@@ -152,7 +215,7 @@ def test_a_calibration_is_kept_and_used(folder: Path, tmp_path: Path):
     speed = answer(folder)["levels"][0]["speed"]
     assert speed["engine"].startswith("calibrated on this machine")
     measured = kept["rows"][0]["decode_tok_s"]
-    assert speed["decode_tok_s"][0]["likely"] == pytest.approx(measured, rel=0.5)
+    assert speed["decode_tok_s"][0]["likely"] == pytest.approx(measured, rel=0.7), "a tiny model, and a busy machine"
 
 
 def test_nothing_heavy_is_loaded(folder: Path):
