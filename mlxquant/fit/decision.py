@@ -115,7 +115,7 @@ def first_within(chain: Sequence[Choice], kl: float) -> int:
 def room_of(chain: Sequence[Choice], at: int, use: Use) -> Room:
     """What memory is for this model: plenty where the level that is enough fits, even if a faster one is taken."""
     cap = chain[first_within(chain, use.enough)]
-    if cap.row.verdict == "fits" and kl_of(cap) <= use.enough:
+    if cap.cost and cap.row.verdict == "fits" and kl_of(cap) <= use.enough:
         return "plenty"
     chosen = chain[at]
     return "comfortable" if chosen.row.verdict == "fits" and kl_of(chosen) <= use.good else "tight"

@@ -62,7 +62,8 @@ def pick(
     kv_bits: int | None = None,
 ) -> Pick:
     """One of `rows`, which are of one model on `machine` at a prompt of `context_tokens`. `name`: what `mlxquant
-    convert` is given for the model. `form` leaves levels out; a model as it is stored always stays.
+    convert` is given for the model. `form` leaves levels out; a model as it is stored stays, behind what takes its
+    codes over into `form`.
 
     More memory never picks a level with more divergence, nor a longer context a larger one. Raises UsageError for an
     unknown use.
@@ -70,7 +71,8 @@ def pick(
     if use not in USES:
         raise UsageError(f"--for {use!r} is unknown", hint=f"one of {', '.join(USES)}")
     wanted = USES[use]
-    offered = [row for row in rows if form in ("either", row.level.format) or keeps_codes(row.level)]
+    of_form = [row for row in rows if form in ("either", row.level.format)]
+    offered = of_form + [row for row in rows if keeps_codes(row.level) and row not in of_form]
     chain, limit = chain_of(offered, wanted), limit_bytes(machine)
     at = decide(chain, wanted, context_tokens, limit)
     if at is None:

@@ -17,8 +17,8 @@ USEFUL_TOKENS = 1024  # less is no conversation, and not worth naming
 WOULD_FIT = "What would fit: "
 _MILLI = 1000
 _ROOM = {
-    "plenty": "memory is plenty",
-    "comfortable": "a comfortable fit",
+    "plenty": "what this use wants fits",
+    "comfortable": "it fits at ease",
     "tight": "memory is tight",
 }
 

@@ -274,6 +274,11 @@ def test_a_quantized_model_is_taken_as_it_is():
     assert found.row is row
     assert found.command == "mlxquant chat 'a b.gguf' --kv-bits 8"
     assert found.cost.how == "measured"
+    repack = replace(plain, level=replace(plain.level, name="repack", options=("--recipe", "repack")), verdict="fits")
+    assert pick([row, repack], "code", MAC, 8192, form="gguf").row is row
+    taken_over = pick([row, repack], "code", MAC, 8192, form="mlx")
+    assert taken_over.row is repack, "what the command loads is what was reckoned"
+    assert taken_over.room == "comfortable", "nothing is known of what it costs"
     unknown = replace(row, level=replace(stored, name="MXFP4_MOE"))
     assert pick([unknown], "code", MAC, 8192).row is unknown
     nothing = pick([replace(unknown, verdict="no")], "code", MAC, 8192)
