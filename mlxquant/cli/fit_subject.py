@@ -36,14 +36,18 @@ def subject_of(model: str | None, options: Mapping[str, Any]) -> Subject:
 
 
 def _of_shape(options: Mapping[str, Any]) -> Subject:
+    from mlxquant.errors import SourceError, UsageError
     from mlxquant.families.checkpoint import checkpoint
     from mlxquant.families.proportions import config_of
     from mlxquant.fit.subject import Subject
     from mlxquant.units import parse_count
 
     given = {name: options[name] for name in SHAPE_NAMES if name != "params" and options[name] is not None}
-    config = config_of(parse_count(options["params"]), **given)
-    return Subject(f"a model of {options['params']}", config, checkpoint(config))
+    try:
+        config = config_of(parse_count(options["params"]), **given)
+        return Subject(f"a model of {options['params']}", config, checkpoint(config))
+    except SourceError as error:  # there is no config.json to mend
+        raise UsageError(f"no model of that shape: {error.message.removeprefix('config.json: ')}") from error
 
 
 def _of_config(path: Path) -> Subject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import click
 
 from mlxquant import __version__
-from mlxquant.errors import MlxquantError
+from mlxquant.errors import MlxquantError, TargetError
 
 # command -> what `mlxquant --help` says of it. The file is cli/<command>.py and holds a click command `command`.
 COMMANDS = {
@@ -25,6 +26,9 @@ COMMANDS = {
     "bench": "Time prefill and decode, and compare with stock mlx-lm.",
     "doctor": "Say which device, BLAS, versions and memory limits are in force, and what to do about each.",
 }
+
+# How a write to stdout fails: its disk is full, its reader gone.
+_STREAM_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
 
 class LazyGroup(click.Group):
@@ -53,9 +57,10 @@ def group() -> None:
 
 def main() -> None:
     """Runs the command line. Our own errors are one line and a hint; Ctrl-C is 130; a traceback is a bug of ours."""
-    _open_stdin()
+    _open_streams()
     try:
         group(standalone_mode=False, prog_name="mlxquant")
+        sys.stdout.flush()
     except MlxquantError as error:
         draw(error)
         sys.exit(error.exit_code)
@@ -65,12 +70,26 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("Stopped.", err=True)
         sys.exit(130)
+    except OSError as error:
+        # Files name themselves, and their failures are ours by now; what is left is the stream that results go to.
+        if error.filename is not None or error.errno not in _STREAM_FAILS:
+            raise
+        sys.stdout = _nowhere()  # what it still holds cannot be written either
+        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            draw(TargetError(f"the output cannot be written: {error.strerror}"))
+        sys.exit(1)
 
 
-def _open_stdin() -> None:
-    """A closed stdin (`<&-`) is an empty one. Bytes that are no UTF-8 are for whoever reads the text to refuse."""
-    if sys.stdin is None:
-        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - stays open as stdin does
+def _nowhere() -> io.TextIOWrapper:
+    return Path(os.devnull).open("r+", encoding="utf-8")  # stays open as the stream in its place does
+
+
+def _open_streams() -> None:
+    """A closed stdin (`<&-`) is an empty one, a closed stdout or stderr hears nothing. Bytes that are no UTF-8 are for
+    whoever reads the text to refuse."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, _nowhere())
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 

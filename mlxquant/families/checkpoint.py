@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mlxquant.errors import SourceError
 from mlxquant.families.mlx_config import text_config
 from mlxquant.families.mlx_layout import all_flags, expected, published
 from mlxquant.families.mlx_modules import dimensions, made_of, sizes
@@ -17,6 +18,8 @@ from mlxquant.families.shape import ModelShape
 from mlxquant.tensors import FLOAT_CODES, TensorSpec
 
 _MXFP4_GROUP = 32
+# DeepSeek-V3 has 45,000 tensors; ten times as many take seconds, layers and experts at their most would take hours.
+_MOST_TENSORS = 500_000
 
 # What one array adds to a safetensors header beside its name, bytes, and one tensor to a GGUF header.
 _ENTRY_BYTES, _INFO_BYTES = 74, 40
@@ -44,6 +47,9 @@ def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str,
         names, size = made_of(row, source, numbers)
         for name in (published(shape.module, name) for name in names):
             specs[name] = TensorSpec(name, size, code)
+        if len(specs) > _MOST_TENSORS:
+            found = f"{shape.layers} layers of {shape.experts} experts"
+            raise SourceError(f"config.json: {found} are more than {_MOST_TENSORS:,} tensors, which no model has")
     return _with_mxfp4(specs) if shape.module == "gpt_oss" and _is_mxfp4(config) else specs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mlxquant.families.gguf_hparams import Hparams, read_hparams
+from mlxquant.families.gguf_hparams import Hparams, read_hparams, whole
 from mlxquant.families.gguf_keys import architecture
 from mlxquant.families.gguf_table import module_of_config
 
@@ -62,9 +62,9 @@ def _window(hparams: Hparams) -> Iterator[str]:
 
 def _no_rope_layers(hparams: Hparams) -> Iterator[str]:
     layers = min(hparams.integer("num_hidden_layers"), _MAX_LAYERS)
-    every = hparams.values.get("no_rope_layer_interval", 4)
+    every = whole("no_rope_layer_interval", hparams.values.get("no_rope_layer_interval", 4), 1)
     found = hparams.values.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
-    if list(found) != [int(i % 4 != 3) for i in range(layers)]:
+    if found != [int(i % 4 != 3) for i in range(layers)]:
         yield _differs("no_rope_layers", found, "every fourth layer without rope")
 
 
@@ -84,9 +84,9 @@ def _layer_types(period: int, default: int) -> Callable[[Hparams], Iterator[str]
 
     def check(hparams: Hparams) -> Iterator[str]:
         layers = min(hparams.integer("num_hidden_layers"), _MAX_LAYERS)
-        every = hparams.values.get("sliding_window_pattern") or default
+        every = whole("sliding_window_pattern", hparams.values.get("sliding_window_pattern") or default, 1)
         found = hparams.values.get("layer_types") or _kinds(every, layers)
-        if every != 1 and list(found) != _kinds(period, layers):
+        if every != 1 and found != _kinds(period, layers):
             yield _differs("layer_types", found, f"full attention in every {period}th layer")
 
     return check

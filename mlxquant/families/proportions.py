@@ -24,6 +24,8 @@ _LAYERS = (
 _TIED_BELOW = 2e9  # parameters below which the embedding is the output head
 _SMALL = 0.5e9  # parameters below which vocabularies, heads and their number are small
 _MAX_WIDTH = 2**17
+_MOST_PARAMS = 10**15
+_MOST_HEADS = 1024  # whose divisors are worth a hint
 
 
 def config_of(
@@ -46,6 +48,8 @@ def config_of(
     is the output head, as in models below 2B. The parameters come out within 2 %; UsageError where what is given
     cannot, or contradicts itself.
     """
+    if params > _MOST_PARAMS:
+        raise UsageError(f"{format_count(params)} parameters are more than any model has", hint="write it like 7B")
     _refuse_contradictions(heads, kv_heads, experts, active)
     asked = _Asked(
         layers=layers or _usual_layers(params, experts, active),
@@ -75,7 +79,7 @@ def _refuse_contradictions(heads: int | None, kv_heads: int | None, experts: int
     if experts is not None and active is not None and active > experts:
         raise UsageError(f"--active {active} of --experts {experts}", hint="a token asks some of a layer's experts")
     if heads and kv_heads and heads % kv_heads:
-        fitting = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        fitting = ", ".join(str(count) for count in range(1, min(heads, _MOST_HEADS) + 1) if heads % count == 0)
         raise UsageError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}", hint=f"one of {fitting}")
 
 

@@ -28,7 +28,7 @@ _LFM2 = ("lfm2", "lfm2_moe")
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 
 # Far above any model, far below what would make a plan take minutes.
-_MAX_LAYERS, _MAX_EXPERTS = 4096, 65536
+_MAX_LAYERS, _MAX_EXPERTS = 1024, 65536
 
 _NEMOTRON_BLOCKS = {
     "full_attention": "*", "attention": "*", "linear_attention": "M", "mamba": "M", "conv": "M", "moe": "E",
@@ -111,6 +111,8 @@ class ModelShape:
         head_dim = reader.optional("head_dim") if facts.head_dim != "derived" else None
         pairs = _layer_kinds(reader)
         experts = _experts(reader)
+        if not experts and any(ffn == "moe" for _, ffn in pairs):
+            raise SourceError("config.json has layers with experts, and does not say how many experts")
         return cls(
             model_type=reader.model_type,
             module=module,
@@ -127,7 +129,7 @@ class ModelShape:
             ffns=tuple(ffn for _, ffn in pairs),
             sliding_window=reader.optional("sliding_window") if any(m == "sliding" for m, _ in pairs) else None,
             experts=experts,
-            experts_per_token=_experts_per_token(reader) if experts else 0,
+            experts_per_token=_experts_per_token(reader, experts) if experts else 0,
             moe_intermediate_size=_moe_width(reader) if experts else 0,
             shared_intermediate_size=_shared_width(reader) if experts else 0,
             moe_latent_size=(reader.optional("moe_latent_size") or 0) if module == "nemotron_h" else 0,
@@ -186,8 +188,9 @@ def _experts(reader: Reader) -> int:
     return 0
 
 
-def _experts_per_token(reader: Reader) -> int:
-    return reader.optional("top_k_experts" if reader.module in _GEMMA4 else "num_experts_per_tok") or 0
+def _experts_per_token(reader: Reader, experts: int) -> int:
+    key = "top_k_experts" if reader.module in _GEMMA4 else "num_experts_per_tok"
+    return reader.optional(key, high=experts) or 0
 
 
 def _moe_width(reader: Reader) -> int:

@@ -141,13 +141,14 @@ def grid(subject: Subject, machines: Iterable[Machine], asked: Asked, *, every: 
     """The longest context that fits, for every level on every machine. Raises as `answer`."""
     shape, machines = subject.shape, tuple(machines)
     ceiling, shown = shape.context_length or CEILING_TOKENS, levels(subject, every)
+    pairs = [(machine, cache_on(machine, shape, asked.kv_bits)) for machine in machines]
+    older = [(machine.with_older_macos(), cache) for machine, cache in pairs]
 
-    def longest(level: Level, machine: Machine) -> int:
-        cache = cache_on(machine, shape, asked.kv_bits)
+    def longest(level: Level, machine: Machine, cache: Cache) -> int:
         return longest_context(level, cache, shape, machine, asked.chunk_tokens, ceiling)
 
-    new = tuple(tuple(longest(level, machine) for machine in machines) for level in shown)
-    old = tuple(tuple(longest(level, machine.with_older_macos()) for machine in machines) for level in shown)
+    new = tuple(tuple(longest(level, *pair) for pair in pairs) for level in shown)
+    old = tuple(tuple(longest(level, *pair) for pair in older) for level in shown)
     return Grid(subject, asked, machines, shown, new, old)
 
 
