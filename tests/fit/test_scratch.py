@@ -134,3 +134,16 @@ def test_of_keys_before_the_chunk_those_in_flight_are_held_twice():
     at = prefill(kind, 8192)
     assert at.regrown_bytes(131072) == int(at.layers_in_flight / 32 * 131072 * (8192 - 2048))
     assert prefill(replace(kind, window=512), 8192).regrown_bytes(0) == 0
+
+
+def test_layers_in_flight_by_hand():
+    kind = Attention(32, 32, 128, 128, 2048)
+    at = prefill(kind, 8192)
+    # Of a layer 1.7 x 50,000 x 2048 elements and 31 million of weights are read, 62.7 million a buffer: 3.28 buffers;
+    # 0.20 make keys and values longer and 0.27 are attention's. Eleven buffers wait.
+    assert at.layers_in_flight == pytest.approx(11 / 3.745, rel=1e-3)
+    assert replace(at, context_tokens=24, weight_bytes=0).layers_in_flight == 11 * 2  # two a buffer, and no more
+    # Chunks so large that less than a layer is in flight: one layer's keys are copied whole all the same.
+    large = prefill(kind, 65536, chunk=16384)
+    assert large.layers_in_flight < 1
+    assert large.regrown_bytes(131072) == 131072 * (65536 - 16384) // 32

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlxquant.families.checkpoint import checkpoint
 from mlxquant.families.shape import ModelShape
 from mlxquant.fit.cache import cache_of
 from mlxquant.fit.speed import blocks_of, constants, prompt_weights, speed
+from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level, Speed, Work
-from mlxquant.fit.work import attention_flops
+from mlxquant.fit.work import attention_flops, work
 from mlxquant.machine import Machine, described
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +172,31 @@ def test_every_row_left_out_says_why_and_no_row_is_lost() -> None:
         assert not row["use"] or row["model_key"] in models
 
 
+CONFIGS = {path.stem: path for path in (ROOT / "benchmarks").glob("*/configs/*.json")}
+ALIKE = {  # rows of models.csv -> configs of the same shape under another name
+    "llama-7b": "llama-2-7b", "llama3-8b": "llama-3.1-8b", "llama3-70b": "llama-3.1-70b",
+    "mistral-7b": "mistral-7b-v0.3", "qwen3.5-27b": "qwen3.6-27b", "qwen3.5-35b-a3b": "qwen3.6-35b-a3b",
+}  # fmt: skip
+
+
+def test_the_fit_reckons_with_the_models_that_are_answered_for() -> None:
+    """models.csv says of a model what `fit` makes of its config; else errors of the one say nothing of the other."""
+    with (SPEEDS / "models.csv").open(newline="") as file:
+        models = {row["key"]: row for row in csv.DictReader(file)}
+    paths = {key: CONFIGS[name] for key in models if (name := ALIKE.get(key, key)) in CONFIGS}
+    assert len(paths) == 20
+    for key, path in paths.items():
+        config, row = json.loads(path.read_text()), models[key]
+        subject = Subject(key, config, checkpoint(config))
+        found, depth = work(subject), 4000
+        exact = found.layers, int(found.moe), found.head_weights, found.attention_flops
+        assert exact == tuple(int(row[name]) for name in ("layers", "moe", "head", "flops")), key
+        assert found.active_weights == pytest.approx(int(row["active"]), rel=1e-3), key  # norms are not counted there
+        cached = int(row["state_bytes"]) + depth * int(row["kv_bytes"])
+        cached += min(depth, int(row["window"])) * int(row["window_bytes"])
+        assert cache_of(subject.shape).read_bytes(depth) == cached, key
+
+
 def test_models_fall_into_halves_by_rule(script) -> None:
     from speeds.rows import halves
 
@@ -211,8 +238,10 @@ def test_the_fit_reads_no_held_out_rate(script, tmp_path: Path, monkeypatch: pyt
 
 
 def numbers(text: str) -> list[float]:
+    """Of constants and of ranges."""
     found = json.loads(text)
-    return [v for at in found["engines"].values() for v in at.values() if isinstance(v, float)]
+    parts = [part for at in found["engines"].values() for part in (at, *at.values()) if isinstance(part, dict)]
+    return [v for part in (*parts, found["old_llama_cpp"]) for v in part.values() if isinstance(v, float)]
 
 
 def test_held_out_models_are_met_as_the_page_says(script) -> None:
@@ -227,6 +256,20 @@ def test_held_out_models_are_met_as_the_page_says(script) -> None:
         assert medians[group]["median"] < most
         assert medians[group]["held"] >= 0.8
     assert medians["MoE, both engines"]["median"] < 0.15
+
+
+def test_chips_left_out_are_met_within_15_percent(script) -> None:
+    """Fitted to the fit half without the chip, asked for all that was measured on it."""
+    from speeds.report import table
+    from speeds.rows import points
+
+    seen, both, found = points(), points(("fit", "held-out")), []
+    for chip in sorted({p.chip for p in both}):
+        fitted = script.fit([p for p in seen if p.chip != chip])
+        found += script.misses(fitted, [p for p in both if p.chip == chip], dated=False)
+    medians = {row["group"]: row["median"] for row in table(found, "decode")}
+    for group in ("dense llama.cpp", "dense MLX, 3 GB and more", "dense MLX, all", "MoE, both engines"):
+        assert medians[group] < 0.15, group
 
 
 def test_the_solver_finds_what_was_put_in_despite_outliers(script) -> None:
