@@ -42,7 +42,8 @@ BITS: dict[str, tuple[float, float, float]] = {
 }
 
 # GPU cores where the source does not say. 14 CPU cores of an M4 Pro, 12 of an M3 Pro, 18 of an M5 Pro come with the
-# larger GPU, 512 GB only with 80 cores; where neither follows, the larger part.
+# larger GPU, 512 GB only with 80 cores, and the M3 Ultra of 256 GB is one source's, which has 60 elsewhere; where none
+# of this follows, the larger part.
 CORES = {
     "M1 Max": 32,
     "M2 Ultra": 76,
