@@ -58,6 +58,7 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
 
     step("What is it?", "inspect", source)
+    step("Does it fit a small Mac, how fast, and at which level?", "fit", source, "--mac", "M2 8GB", "--pick")
     to_mlx, to_gguf = conversions(source)
     step("Make an MLX folder of 4 bits", *to_mlx)
     step("Is it what the plan said, and does it still agree with its source?", "verify", str(OUT), "--source", source)

@@ -119,6 +119,7 @@ def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[
     if verdict(now, machine) == "fits":
         return [older] if older else []
     lines = [
+        _one_buffer(now, machine),
         _smaller_chunk(now, level, cache, shape, machine, run),
         _kv_bits(now, level, cache, shape, machine, run),
         _shorter_context(level, cache, shape, machine, run),
@@ -127,6 +128,14 @@ def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[
         older,
     ]
     return [line for line in lines if line]
+
+
+def _one_buffer(now: Need, machine: Machine) -> str:
+    """MLX raises where one allocation is larger, whatever is free; a raised limit does not change it."""
+    if now.largest_buffer_bytes <= machine.max_buffer_bytes:
+        return ""
+    found, most = format_bytes(now.largest_buffer_bytes), format_bytes(machine.max_buffer_bytes)
+    return f"one buffer takes {found}, and no buffer there may be larger than {most}"
 
 
 def _smaller_chunk(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:

@@ -150,6 +150,13 @@ def test_advice_offers_a_smaller_chunk_where_scores_are_large():
     assert f"saves {(before.total_bytes - after.total_bytes) / GB:.1f}"[:9] in line
 
 
+def test_a_buffer_that_is_too_large_is_named():
+    big = level(5 * GB, largest=M2.max_buffer_bytes + 1)
+    lines = advice(big, LLAMA, M2, Run())
+    assert lines[0].startswith("one buffer takes "), lines
+    assert not any("wired_limit" in line for line in lines), "it does not grow with the limit"
+
+
 def test_nothing_is_advised_that_does_not_help():
     """Weights alone are beyond RAM: neither context, chunk nor a raised limit helps, only fewer weights."""
     (line,) = advice(level(40 * GB), LLAMA, M2, Run(512))
