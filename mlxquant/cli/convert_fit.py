@@ -127,7 +127,7 @@ def _pick(wish: Wish, out: Path | None, options: Mapping[str, Any], machine: Mac
     form: Format = "gguf" if is_gguf(out) else "mlx"
     kv_bits = int(options["kv_bits"]) if options["kv_bits"] else None
     subject = subject_of(wish.source, {"revision": wish.revision})
-    asked = Asked.of(subject, options["context"], kv_bits=kv_bits)
+    asked = Asked.of(subject, machine, options["context"], kv_bits=kv_bits)
     found = answer(subject, machine, asked, own=load(machine))
     # A model as it is needs no conversion.
     rows = [row for row in found.rows if row.level.options and row.level.format == form]

@@ -38,15 +38,17 @@ def command(model: str | None, **options: Any) -> None:
     from mlxquant.cli.fit_subject import subject_of
     from mlxquant.fit.answer import Asked
 
-    machine = machine_of(options)
+    grid = options["table"] or options["plot"]
+    machines = usual_macs() if grid else [machine_of(options)]
     subject = subject_of(model, options)
     kv_bits = int(options["kv_bits"]) if options["kv_bits"] else None
-    asked = Asked.of(subject, options["context"], kv_bits=kv_bits, chunk_tokens=options["prefill_step"])
-    if options["table"] or options["plot"]:
-        say_grid(subject, machine, asked, options)
+    words = {"kv_bits": kv_bits, "chunk_tokens": options["prefill_step"]}
+    asked = Asked.of(subject, machines[0], options["context"], **words)
+    if grid:
+        say_grid(subject, machines, asked, options)
     else:
         source = model if model and not subject.remarks else "MODEL"  # what convert can be given
-        say_answer(subject, machine, asked, options, source)
+        say_answer(subject, machines[0], asked, options, source)
 
 
 def machine_of(options: dict[str, Any]) -> Machine:
@@ -55,6 +57,14 @@ def machine_of(options: dict[str, Any]) -> Machine:
 
     words = {name: options[name] for name in ("mac", "chip", "ram", "gpu_cores")}
     return described(**words) if any(value is not None for value in words.values()) else probe()
+
+
+def usual_macs() -> list[Machine]:
+    """Those of the grid."""
+    from mlxquant.fit.answer import RAM_GIB
+    from mlxquant.machine import described
+
+    return [described(ram=f"{gib}GB") for gib in RAM_GIB]
 
 
 def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any], source: str) -> None:
@@ -76,11 +86,10 @@ def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[s
     show(found, chosen)
 
 
-def say_grid(subject: Subject, machine: Machine, asked: Asked, options: dict[str, Any]) -> None:
-    from mlxquant.fit.answer import RAM_GIB, grid
-    from mlxquant.machine import described
+def say_grid(subject: Subject, machines: list[Machine], asked: Asked, options: dict[str, Any]) -> None:
+    from mlxquant.fit.answer import grid
 
-    found = grid(subject, [described(ram=f"{gib}GB") for gib in RAM_GIB], asked, every=options["every"])
+    found = grid(subject, machines, asked, every=options["every"])
     if options["as_json"]:
         click.echo(json.dumps(found.to_json()))
     else:

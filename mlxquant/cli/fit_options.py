@@ -28,7 +28,7 @@ def _option(section: str, *names: str, **settings: Any) -> Callable[[F], F]:
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--context", type=Tokens(), help="Prompt and answer together.  [default: 8k, or the model's if less]"),
     click.option("--kv-bits", type=click.Choice(["4", "8"]), help="Quantize the cache, where layers can."),
-    click.option("--prefill-step", type=Tokens(), default=2048, show_default=True, help="Prompt tokens fed at once."),
+    click.option("--prefill-step", type=Tokens(), help="Prompt tokens fed at once. Default: GPU 2048, CPU 512."),
     click.option("--all", "every", is_flag=True, help="Every level that can be written, not only the usual ones."),
     click.option("--revision", help="Branch, tag or commit, when MODEL is a Hub id."),
     _option(MACHINE, "--mac", metavar="TEXT", help="Another Mac than this one: 'M2 8GB', 'M3 Max 40-core 64GB'."),

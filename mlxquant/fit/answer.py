@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlxquant.fit.cache import Cache
+from mlxquant.fit.cache import PREFILL_STEP, Cache, default_prefill_step
 from mlxquant.fit.calibration import Own
 from mlxquant.fit.levels import left_out, levels, survey
 from mlxquant.fit.memory import advice, cache_on, limit_bytes, longest_context, need, verdict
@@ -17,7 +17,6 @@ from mlxquant.fit.work import work
 from mlxquant.machine import Machine
 
 CONTEXT_TOKENS = 8192  # of a chat; `generate` and `chat` plan for the same unless told otherwise
-CHUNK_TOKENS = 2048  # mlx-lm's prefill_step_size
 PROMPT_TOKENS = 2048
 DEPTHS_TOKENS = (0, 4096, 16384)
 CEILING_TOKENS = 2**20  # where a config does not say what context the model was made for
@@ -30,13 +29,23 @@ class Asked:
 
     context_tokens: int = CONTEXT_TOKENS
     kv_bits: int | None = None
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int = PREFILL_STEP
 
     @classmethod
-    def of(cls, subject: Subject, context_tokens: int | None = None, **others: Any) -> Asked:
-        """A context that was not asked for is 8k, or what the model was made for if that is less."""
+    def of(
+        cls,
+        subject: Subject,
+        machine: Machine,
+        context_tokens: int | None = None,
+        *,
+        kv_bits: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Asked:
+        """A context that was not asked for is 8k, or what the model was made for if that is less; chunks are those
+        that `generate` and `chat` would take there."""
         made_for = subject.shape.context_length or CONTEXT_TOKENS
-        return cls(context_tokens or min(CONTEXT_TOKENS, made_for), **others)
+        context = context_tokens or min(CONTEXT_TOKENS, made_for)
+        return cls(context, kv_bits, chunk_tokens or default_prefill_step(machine.device))
 
 
 @dataclass(frozen=True)

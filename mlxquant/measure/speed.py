@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlxquant.run.generate import PREFILL_STEP, generate
+from mlxquant.fit.cache import PREFILL_STEP
+from mlxquant.run.generate import generate
 
 
 @dataclass(frozen=True)

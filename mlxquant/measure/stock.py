@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import MlxquantError
+from mlxquant.fit.cache import PREFILL_STEP
 from mlxquant.measure.speed import WARM_UP, Case, Row, Trial, fill, token_ids
-from mlxquant.run.generate import PREFILL_STEP
 
 
 def stock_rows(model: Path, wanted: Sequence[Case], repeats: int) -> list[Row]:

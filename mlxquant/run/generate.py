@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxquant.errors import SourceError, UsageError
+from mlxquant.fit.cache import PREFILL_STEP
 from mlxquant.run.sampling import Sampling
 
-# Prompt tokens fed at once. On a GPU as in mlx-lm. On a CPU attention makes its score matrix, so that smaller
-# chunks need a fraction of the memory (SmolLM2-135M at 2048 tokens: 50 MB of scratch instead of 230) at no
-# less speed.
-PREFILL_STEP = 2048
-CPU_PREFILL_STEP = 512
 # MLX keeps the buffers of growing caches for reuse; now and then they are given back.
 _TOKENS_BETWEEN_CLEARS = 256
 
@@ -51,11 +47,6 @@ class Stats:
     def decode_rate(self) -> float:
         """Tokens per second of those after the first, which belongs to prefill."""
         return (self.generated_tokens - 1) / self.decode_s if self.decode_s and self.generated_tokens > 1 else 0.0
-
-
-def default_prefill_step(device_kind: str) -> int:
-    """For 'cpu' or 'gpu'."""
-    return CPU_PREFILL_STEP if device_kind == "cpu" else PREFILL_STEP
 
 
 class Generation(Iterator[Token]):

@@ -11,11 +11,11 @@ from typing import Any
 
 from mlxquant.errors import UsageError
 from mlxquant.fit.activations import Activations
+from mlxquant.fit.cache import default_prefill_step
 from mlxquant.run import budget as budgets
 from mlxquant.run.budget import Budget, Reckoned
 from mlxquant.run.cache import CachePlan, plan_cache
 from mlxquant.run.device import Device
-from mlxquant.run.generate import default_prefill_step
 from mlxquant.run.model import LoadedModel, load_model
 from mlxquant.run.text import Text
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import MemoryBudgetError, SourceError, TargetError, UsageError
+from mlxquant.fit.cache import PREFILL_STEP
 from mlxquant.run.cache import CachePlan
-from mlxquant.run.generate import PREFILL_STEP, Generation, Stats, generate
+from mlxquant.run.generate import Generation, Stats, generate
 from mlxquant.run.sampling import Sampling
 from mlxquant.run.text import Message, StopStrings, Text
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxquant.units import format_bytes
 from tests import tiny
 from tests.cli.runner import mlxquant, refused
 from tests.fake_hub import FakeHub
@@ -98,6 +99,13 @@ def test_a_computer_without_a_gpu_is_not_said_to_have_one(folder: Path, monkeypa
 def test_a_context_beyond_the_models_own_is_said_to_be(folder: Path):
     assert "more than the model was made for" in mlxquant("fit", folder, *MAC, "--context", "4k").out
     assert "more than the model was made for" not in mlxquant("fit", folder, *MAC, "--context", "2k").out
+
+
+def test_a_run_that_is_refused_needs_what_was_said(folder: Path):
+    """`fit` here and `generate` here: the same chunks, the same bytes."""
+    need = level(answer(folder, "--context", "16m"), "mlx bf16")["need"]
+    said = mlxquant("generate", folder, "-p", "a", "--context", "16m").err
+    assert f"cache {format_bytes(need['cache_bytes'])} + scratch {format_bytes(need['scratch_bytes'])} =" in said
 
 
 def test_remarks_do_not_bury_the_table(folder: Path):

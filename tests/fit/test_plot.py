@@ -27,7 +27,8 @@ EVIL = "<script>alert(1)</script>&\"'\x1b$x_1$"
 @pytest.fixture(scope="module")
 def drawn_grid() -> Grid:
     subject = Subject("org/Llama-8B", LLAMA_8B, checkpoint(LLAMA_8B))
-    return grid(subject, [described(ram=f"{gib}GB") for gib in RAM_GIB], Asked.of(subject))
+    machines = [described(ram=f"{gib}GB") for gib in RAM_GIB]
+    return grid(subject, machines, Asked.of(subject, machines[0]))
 
 
 @pytest.fixture
