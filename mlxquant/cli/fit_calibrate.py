@@ -25,11 +25,12 @@ _ENGINE = {"max_kv_size": None, "kv_bits": None, "kv_group_size": "64", "device"
 
 def calibrate(model: str, options: dict[str, Any]) -> None:
     """Runs `bench` on MODEL; Ctrl-C keeps nothing."""
-    from mlxquant.fit.calibration import keep, load
+    from mlxquant.fit.calibration import check, keep, load
 
     subject = subject_of(model, options)
     settings = {**_ENGINE, "prefill_step": None, "wired": False, "force": False, "revision": options["revision"]}
     path, where, text = open_text(model, settings)
+    check(where.machine)
     rows = _timed(open_ready(path, where, text, settings, _longest()))
     trials = [_trial(subject, where.machine, row) for row in rows]
     kept = keep(where.machine, trials)

@@ -6,13 +6,15 @@ home folder that moves to another Mac does not bring its speeds along.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import platform
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,13 +93,23 @@ def keep(machine: Machine, trials: Sequence[Trial]) -> Path:
     Returns the file. Raises SourceError where it cannot be read as ours, TargetError where it cannot be written.
     """
     path = state_folder() / FILE
-    known = _read(path)
     fresh = {_case(trial) for trial in trials}
-    mine = [trial for trial in known.get(_key(machine), []) if _case(trial) not in fresh]
-    known[_key(machine)] = [*mine, *trials]
-    content = {"version": VERSION, "machines": {key: [asdict(t) for t in kept] for key, kept in known.items()}}
-    _write(path, json.dumps(content, indent=1) + "\n")
+    with _told(path), _alone(path.parent):
+        known = _read(path)
+        mine = [trial for trial in known.get(_key(machine), []) if _case(trial) not in fresh]
+        known[_key(machine)] = [*mine, *trials]
+        content = {"version": VERSION, "machines": {key: [asdict(t) for t in kept] for key, kept in known.items()}}
+        _write(path, json.dumps(content, indent=1) + "\n")
     return path
+
+
+def check(machine: Machine) -> None:
+    """Raises what keep() would raise after minutes of timing, before them."""
+    load(machine)
+    folder = state_folder()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise TargetError(f"{folder / FILE}: cannot keep the calibration: {there} cannot be written to")
 
 
 def load(machine: Machine) -> Own | None:
@@ -158,7 +170,7 @@ def _read(path: Path) -> dict[str, list[Trial]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from error
     if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("machines"), dict):
         raise _unreadable(path, f"it is no calibration of version {VERSION}")
@@ -171,6 +183,7 @@ def _listed(path: Path, found: Any) -> list[Any]:
     return found
 
 
+_LEAST, _MOST = 1e-30, 1e30  # of any unit; so that no product or quotient leaves the floats
 _POSITIVE = ("weight_bytes", "layers", "active_weights", "prompt_tokens", "prompt_flops", "decode_s", "prefill_tok_s")
 
 
@@ -186,11 +199,13 @@ def _trial(path: Path, found: Any) -> Trial:
 
 
 def _fits(kind: str, value: Any) -> bool:
-    if kind in ("str", "bool"):
-        return type(value).__name__ == kind
+    if kind == "str":
+        return isinstance(value, str) and value.isprintable()
+    if kind == "bool":
+        return isinstance(value, bool)
     if value is None:
         return "None" in kind
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or _LEAST <= value <= _MOST)
 
 
 def _unreadable(path: Path, found: str) -> SourceError:
@@ -199,12 +214,33 @@ def _unreadable(path: Path, found: str) -> SourceError:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all: another process may read it meanwhile."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as file:
+        try:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).replace(path)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Reads, adds and writes while no other process does: they wait, for milliseconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise TargetError(f"{path}: cannot keep the calibration: {error.strerror or error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from mlxquant.errors import SourceError, TargetError
 from mlxquant.families.checkpoint import checkpoint
 from mlxquant.fit.cache import cache_of
-from mlxquant.fit.calibration import FILE, Own, Trial, keep, load, own_of, state_folder
+from mlxquant.fit.calibration import FILE, Own, Trial, check, keep, load, own_of, state_folder
 from mlxquant.fit.speed import speed, trial_of
 from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level
@@ -144,6 +146,7 @@ def test_a_tiny_model_timed_here_is_met_by_what_it_calibrates(tmp_path: Path) ->
         '{"version": 1, "machines": {"a": 3}}',
         '{"version": 1, "machines": {"a": [{"model": "x"}]}}',
         "\udcff",
+        "[" * 100_000,
     ],
 )
 def test_a_torn_or_foreign_file_is_one_clear_line(home: Path, text: str) -> None:
@@ -159,7 +162,18 @@ def test_a_torn_or_foreign_file_is_one_clear_line(home: Path, text: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("decode_s", 0), ("decode_s", float("nan")), ("layers", "8"), ("moe", 1), ("weight_bytes", -1)]
+    ("name", "value"),
+    [
+        ("decode_s", 0),
+        ("decode_s", float("nan")),
+        ("layers", "8"),
+        ("moe", 1),
+        ("weight_bytes", -1),
+        ("layers", 10**400),
+        ("decode_s", 1e-320),
+        ("prompt_flops", 1e308),
+        ("engine", "\x1b[31m"),
+    ],
 )
 def test_a_measurement_that_cannot_be_is_named(home: Path, name: str, value: object) -> None:
     keep(MAC, [TRIAL])
@@ -168,6 +182,30 @@ def test_a_measurement_that_cannot_be_is_named(home: Path, name: str, value: obj
     (home / FILE).write_text(json.dumps(found))
     with pytest.raises(SourceError, match=name):
         load(MAC)
+
+
+def test_two_processes_keep_what_both_measured(home: Path) -> None:
+    script = "import sys; from tests.fit.test_calibration import keep_many; keep_many(sys.argv[1])"
+    running = [subprocess.Popen([sys.executable, "-c", script, name]) for name in "abc"]
+    assert [process.wait(timeout=60) for process in running] == [0, 0, 0]
+    found = json.loads((home / FILE).read_text())
+    assert len(next(iter(found["machines"].values()))) == 3 * MANY
+
+
+MANY = 25
+
+
+def keep_many(name: str) -> None:
+    for number in range(MANY):
+        keep(MAC, [made(f"{name} {number}", 4e9, 32)])
+
+
+def test_what_cannot_be_kept_is_said_before_anything_is_timed(home: Path) -> None:
+    check(MAC)
+    assert not home.exists()
+    home.write_text("")
+    with pytest.raises((TargetError, SourceError), match=FILE):
+        check(MAC)
 
 
 def test_nothing_is_left_beside_it(home: Path) -> None:
