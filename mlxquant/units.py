@@ -58,6 +58,11 @@ def parse_count(text: str) -> int:
     return round(value * _COUNT_UNITS[unit])
 
 
+def visible(text: str) -> str:
+    """What a terminal would act on, and what nobody would see, as an escape: \\x1b, \\n, \\u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def format_bytes(count: float) -> str:
     """Decimal units, three significant digits: 3.55 GB, 98.4 MB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

@@ -34,9 +34,8 @@ from mlxquant.measure.columns import (
     floor,
     protocol,
     significant,
-    visible,
 )
-from mlxquant.units import format_bytes, format_number
+from mlxquant.units import format_bytes, format_number, visible
 
 if TYPE_CHECKING:
     from mlxquant.measure.layers import Injected

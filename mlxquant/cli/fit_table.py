@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mlxquant.fit.memory import FILL, limit_bytes
 from mlxquant.plan.gguf_types import few
-from mlxquant.units import GIB, format_bytes, format_count, format_number
+from mlxquant.units import GIB, format_bytes, format_count, format_number, visible
 
 if TYPE_CHECKING:
     from mlxquant.fit.answer import Answer, Grid
@@ -52,8 +52,8 @@ def show(answer: Answer, chosen: Pick | None) -> None:
 
 
 def _say(out: Console, line: str, style: str = "") -> None:
-    """Names come from files: nothing in them is markup."""
-    out.print(Text(line, style=style), soft_wrap=True)
+    """Names come from files: nothing in them is markup, or for the terminal to act on."""
+    out.print(Text(visible(line), style=style), soft_wrap=True)
 
 
 def _model(answer: Answer) -> str:

@@ -13,6 +13,7 @@ import click
 
 from mlxquant import __version__
 from mlxquant.errors import MlxquantError, TargetError
+from mlxquant.units import visible
 
 # command -> what `mlxquant --help` says of it. The file is cli/<command>.py and holds a click command `command`.
 COMMANDS = {
@@ -96,6 +97,6 @@ def _open_streams() -> None:
 
 def draw(error: MlxquantError) -> None:
     click.secho("Error: ", fg="red", err=True, nl=False)
-    click.echo(error.message, err=True)
+    click.echo(visible(error.message), err=True)  # names in it come from files
     if error.hint:
-        click.echo(f"  Next: {error.hint}", err=True)
+        click.echo(f"  Next: {visible(error.hint)}", err=True)

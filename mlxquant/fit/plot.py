@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxquant.errors import TargetError, UsageError
 from mlxquant.files.writing import replace_file
-from mlxquant.units import GIB, format_bytes
+from mlxquant.units import GIB, format_bytes, visible
 
 if TYPE_CHECKING:
     from mlxquant.fit.answer import Grid
@@ -178,7 +178,7 @@ def _words(drawn: Any, grid: Grid, width: float, height: float) -> None:
     cache = f"{grid.asked.kv_bits}-bit" if grid.asked.kv_bits else "16-bit"
     under = [f"{cache} keys and values", f"prompts in chunks of {grid.asked.chunk_tokens:,}"]
     under += [f"made for {words(made_for)} tokens"] if made_for else []
-    title = f"The longest context that fits: {visible(grid.subject.name)}"
+    title = f"The longest context that fits: {_title_of(grid.subject.name)}"
     head = drawn.text(left, 1 - 0.3 / height, title, fontsize=_TITLE_POINTS, va="center")
     room = (1 - 2 * left) * drawn.bbox.width / head.get_window_extent(drawn.canvas.get_renderer()).width
     head.set_fontsize(_TITLE_POINTS * min(1.0, room))
@@ -187,8 +187,8 @@ def _words(drawn: Any, grid: Grid, width: float, height: float) -> None:
     drawn.text(left, 0.2 / height, note, fontsize=8, va="center")
 
 
-def visible(name: str) -> str:
+def _title_of(name: str) -> str:
     """A name from a file: what nobody would see as an escape, and short."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    shown = visible(name)
     half = _NAME_CHARS // 2
     return shown if len(shown) <= _NAME_CHARS else f"{shown[: half - 1]}…{shown[-half:]}"

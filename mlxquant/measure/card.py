@@ -6,9 +6,9 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-from mlxquant.measure.columns import caveats, columns, estimate, floor, protocol, visible
+from mlxquant.measure.columns import caveats, columns, estimate, floor, protocol
 from mlxquant.measure.report import Model, Report
-from mlxquant.units import format_bytes
+from mlxquant.units import format_bytes, visible
 
 # What Markdown or a table could act on; as entities they are text and nothing else. Not the underscores of Q4_K_M.
 _ACTIVE = re.compile(r"[&<>\\`*\[\]|~$@#]|_(?![A-Za-z0-9])|(?<![A-Za-z0-9])_")

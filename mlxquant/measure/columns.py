@@ -221,8 +221,3 @@ def _apart(student: Student, floor_nats: float) -> bool:
     if behind is None:
         return True
     return abs(behind.value) > max(floor_nats, 2 * (behind.error or 0)) or math.isnan(behind.value)
-
-
-def visible(text: str) -> str:
-    """What a terminal would act on, and what nobody would see, as an escape: \\x1b, \\n, \\u202e."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

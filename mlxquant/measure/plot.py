@@ -22,10 +22,11 @@ from typing import Any
 
 from mlxquant.errors import TargetError, UsageError
 from mlxquant.files.writing import replace_file
-from mlxquant.measure.columns import MILLI, significant, visible
+from mlxquant.measure.columns import MILLI, significant
 from mlxquant.measure.plot_labels import Box, place
 from mlxquant.measure.plot_page import INK, PAPER, page, themed
 from mlxquant.measure.report import Report, Student
+from mlxquant.units import visible
 
 SUFFIXES = (".png", ".svg", ".html")
 MARKS = {"MLX": ("o", "#0080c6"), "GGUF": ("s", "#d55e00")}

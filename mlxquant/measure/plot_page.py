@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from html import escape
 
-from mlxquant.measure.columns import caveats, columns, floor, protocol, visible
+from mlxquant.measure.columns import caveats, columns, floor, protocol
 from mlxquant.measure.report import Report
-from mlxquant.units import format_bytes
+from mlxquant.units import format_bytes, visible
 
 # What the picture is drawn with, and what is looked for in the svg: no other part of it has these colours.
 INK, PAPER = "#24292f", "#fffffe"

@@ -81,6 +81,17 @@ def test_shapes_that_no_model_has_are_one_line(shape, words):
     refused(mlxquant("fit", *shape, *MAC), *words, code=2)
 
 
+@pytest.mark.parametrize("form", [MAC, (*MAC, "--pick"), ("--table",)])
+def test_a_name_is_nothing_for_the_terminal_to_act_on(tmp_path: Path, form):
+    folder = tmp_path / "a\x1b[31m[red]\nname\udcff"
+    folder.mkdir()
+    config_file(folder, "qwen3")
+    found = mlxquant("fit", folder, *form)
+    assert found.code == 0, found
+    assert "a\\x1b[31m[red]\\nname\\udcff" in found.out
+    refused(mlxquant("inspect", folder), "a\\x1b[31m[red]\\nname\\udcff")
+
+
 def test_a_closed_stdout_hears_nothing():
     done = told("fit --params 7B --ram 16GB >&-")
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxquant.measure.columns import caveats, columns, estimate, fixed, floor, protocol, rounded, significant, visible
+from mlxquant.measure.columns import caveats, columns, estimate, fixed, floor, protocol, rounded, significant
 from mlxquant.measure.report import Estimate, Student
+from mlxquant.units import visible
 from tests.measure import reports
 
 

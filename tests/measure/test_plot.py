@@ -20,10 +20,11 @@ import pytest
 
 from mlxquant.errors import TargetError, UsageError
 from mlxquant.measure import plot as plots
-from mlxquant.measure.columns import columns, visible
+from mlxquant.measure.columns import columns
 from mlxquant.measure.plot import MARKS, Point, check_plot, front, limits, plot, short
 from mlxquant.measure.plot_labels import Box, place
 from mlxquant.measure.report import Report
+from mlxquant.units import visible
 from tests.measure import reports
 
 EVIL = "<script>alert(1)</script>&\"'\x1b$x_1$"
