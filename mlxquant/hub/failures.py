@@ -24,16 +24,21 @@ class Unreachable(HubError):
     """No answer, or none that is about this repo: a complete copy in the cache may stand in."""
 
 
+def transport_error() -> Any:
+    """The root error of the client's HTTP library, httpx in 1.x and httpx2 since: connection, timeout ..."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
 @contextmanager
 def told_as_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turns what `huggingface_hub` raises inside the block into HubError; our own errors pass."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    # The root error of the client's HTTP library, httpx in 1.x and httpx2 since: connection, timeout ...
-    transport: Any = HfHubHTTPError.__bases__[0]
     try:
         yield
-    except (transport, OSError, HFValidationError) as error:
+    except (transport_error(), OSError, HFValidationError) as error:
         raise explain(error, repo_id, revision) from error
 
 

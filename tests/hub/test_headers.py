@@ -184,3 +184,13 @@ def test_sizes_that_the_listing_lies_about(fake_hub: FakeHub, tmp_path: Path):
     entry.size += 1000
     with pytest.raises(SourceError, match="holds"):
         remote_specs("org/model")
+
+
+@pytest.mark.parametrize("cut_at", [0, 100])
+def test_a_connection_that_breaks_in_a_header_is_one_line(fake_hub: FakeHub, tmp_path: Path, cut_at: int):
+    fake_hub.add("org/model", single(tmp_path / "repo"))
+    fake_hub.fail("model.safetensors", cut_at=cut_at)
+    with pytest.raises(HubError, match=rf"model.safetensors gave {cut_at} bytes") as caught:
+        remote_specs("org/model")
+    assert caught.value.hint == "run the same command again"
+    assert remote_specs("org/model").specs == expected()
