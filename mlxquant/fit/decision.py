@@ -73,7 +73,8 @@ def chain_of(rows: Sequence[Row], use: Use) -> list[Choice]:
     no less memory than another and is no closer to the model has nothing to say for it.
     """
     kept = [row for row in rows if keeps_codes(row.level)]
-    if kept:
+    # As it is, unless that does not fit and others can be made: gpt-oss with MXFP4 experts and the rest rounded.
+    if kept and (kept[0].verdict != "no" or len(kept) == len(rows)):
         return [Choice(kept[0], divergence(kept[0].level))]
     found: list[Choice] = []
     priced = [(row, cost) for row in rows if (cost := divergence(row.level)) and cost.kl <= use.worst]

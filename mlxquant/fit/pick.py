@@ -62,8 +62,8 @@ def pick(
     kv_bits: int | None = None,
 ) -> Pick:
     """One of `rows`, which are of one model on `machine` at a prompt of `context_tokens`. `name`: what `mlxquant
-    convert` is given for the model. `form` leaves levels out; a model as it is stored stays, behind what takes its
-    codes over into `form`.
+    convert` is given for the model. `form` leaves levels out; a model as it is stored stays where `form` has nothing
+    to offer.
 
     More memory never picks a level with more divergence, nor a longer context a larger one. Raises UsageError for an
     unknown use.
@@ -72,11 +72,11 @@ def pick(
         raise UsageError(f"--for {use!r} is unknown", hint=f"one of {', '.join(USES)}")
     wanted = USES[use]
     of_form = [row for row in rows if form in ("either", row.level.format)]
-    offered = of_form + [row for row in rows if keeps_codes(row.level) and row not in of_form]
+    offered = of_form or [row for row in rows if keeps_codes(row.level)]
     chain, limit = chain_of(offered, wanted), limit_bytes(machine)
     at = decide(chain, wanted, context_tokens, limit)
     if at is None:
-        others = chain_of(rows, wanted)
+        others = chain_of([row for row in rows if row not in offered], wanted)
         other = decide(others, wanted, context_tokens, limit)
         instead = None if other is None else others[other].row.level
         why = tuple(nothing(offered, chain, instead, wanted, machine, context_tokens, kv_bits))

@@ -270,8 +270,8 @@ def test_a_quantized_model_is_taken_as_it_is():
     stored = Level("Q4_K_M", "gguf", (), 5 * GB, 5 * GB, GB, 5 * GB, 8 * GB)
     (plain, *_) = rows(48 * GB)
     row = replace(plain, level=stored, need=replace(plain.need, weight_bytes=5 * GB), verdict="fits")
-    found = pick([row, *rows(48 * GB)[1:]], "code", MAC, 8192, name="a b.gguf", kv_bits=8)
-    assert found.row is row
+    found = pick([row], "code", MAC, 8192, name="a b.gguf", kv_bits=8)
+    assert found.row is row, "there is nothing in MLX"
     assert found.command == "mlxquant chat 'a b.gguf' --kv-bits 8"
     assert found.cost.how == "measured"
     repack = replace(plain, level=replace(plain.level, name="repack", options=("--recipe", "repack")), verdict="fits")
@@ -279,6 +279,11 @@ def test_a_quantized_model_is_taken_as_it_is():
     taken_over = pick([row, repack], "code", MAC, 8192, form="mlx")
     assert taken_over.row is repack, "what the command loads is what was reckoned"
     assert taken_over.room == "comfortable", "nothing is known of what it costs"
+    large = replace(plain, level=replace(stored, name="mxfp4", format="mlx"), verdict="no")  # as gpt-oss is published
+    fresh = [found for found in rows(48 * GB) if found.level.format == "gguf"]
+    for form in ("gguf", "either"):
+        assert pick([large, *fresh], "code", MAC, 8192, form=form).row in fresh
+    assert "with --format gguf" in pick([large, *fresh], "code", MAC, 8192).why[1]
     unknown = replace(row, level=replace(stored, name="MXFP4_MOE"))
     assert pick([unknown], "code", MAC, 8192).row is unknown
     nothing = pick([replace(unknown, verdict="no")], "code", MAC, 8192)
