@@ -26,9 +26,10 @@ def subject_of(model: str | None, options: Mapping[str, Any]) -> Subject:
     if model is None:
         return _of_shape(options)
     path = Path(os.path.expanduser(model))  # noqa: PTH111 - Path's own raises for an unknown ~user
-    if path.suffix == ".json" and path.is_file():
+    # os.path, because Path's own raise for a name that no file can have, such as one too long.
+    if path.suffix == ".json" and os.path.isfile(path):  # noqa: PTH113
         return _of_config(path)
-    if path.is_dir() and (path / _CONFIG).is_file() and not any(path.glob("*.safetensors")):
+    if os.path.isfile(path / _CONFIG) and not any(path.glob("*.safetensors")):  # noqa: PTH113
         return _of_config(path / _CONFIG)
     if is_hub_id(model):
         return _remote(model, options["revision"])

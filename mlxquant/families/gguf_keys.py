@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlxquant.errors import UnsupportedError
+from mlxquant.errors import SourceError, UnsupportedError
 from mlxquant.families.gguf_general import general_keys
 from mlxquant.families.gguf_hparams import Hparams, longrope_attention_factor, read_hparams, real, whole
 from mlxquant.families.gguf_table import ARCHS, module_of_config
@@ -82,6 +82,8 @@ def _rope_dimensions(hparams: Hparams) -> Pairs:
 
 def _partial_rope_dimensions(hparams: Hparams) -> Pairs:
     part = real("partial_rotary_factor", hparams.rope.get("partial_rotary_factor", 1.0))
+    if not 0 <= part <= 1:
+        raise SourceError(f"config.json: partial_rotary_factor is {part!r:.60}, expected a number from 0 to 1")
     if hparams.model_type == "phi3":  # as conversion/phi.py rounds
         dims = int(part * hparams.integer("hidden_size", 1)) // hparams.integer("num_attention_heads", 1)
     else:
@@ -126,7 +128,7 @@ def _recurrent(hparams: Hparams) -> Pairs:
     layers = min(hparams.integer("num_hidden_layers", 1), 4096)
     whole("full_attention_interval", every, 1)
     kinds = hparams.values.get("layer_types") or [(i + 1) % every and "linear_attention" for i in range(layers)]
-    yield "ssm.inner_size", np.uint32(heads * width)
+    yield "ssm.inner_size", np.uint32(whole("linear_num_value_heads * linear_value_head_dim", heads * width))
     yield "attention.recurrent_layers", [kind == "linear_attention" for kind in kinds]
     yield "full_attention_interval", np.uint32(every)
 

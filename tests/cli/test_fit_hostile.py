@@ -69,6 +69,24 @@ def test_an_interval_that_is_none_refuses_gguf_alone(tmp_path: Path, family, key
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("partial_rotary_factor", 2**31), ("partial_rotary_factor", -1), ("linear_value_head_dim", 2**31 - 1)],
+)
+def test_what_no_gguf_key_can_hold_refuses_gguf_alone(tmp_path: Path, key, value):
+    found = mlxquant("fit", config_file(tmp_path, "qwen3_next", **{key: value}), *MAC, "--json")
+    assert found.code == 0, found
+    assert key in json.loads(found.out)["refused"]["gguf Q4_K_M"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".json", "a" * 300 + ".gguf"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, name):
+    refused(mlxquant("fit", tmp_path / name), "aaa", code=2)
+    refused(mlxquant("fit", tmp_path / name / "b"), "aaa", code=2)
+    refused(mlxquant("fit", "--params", "7B", "--plot", tmp_path / name / "b.svg"), "there is no folder")
+    refused(mlxquant("fit", "--params", "7B", "--plot", tmp_path / (name + ".svg")), "cannot be written")
+
+
+@pytest.mark.parametrize(
     ("shape", "words"),
     [
         (("--params", "7B", "--heads", "9999999967", "--kv-heads", "2"), ("no multiple",)),
