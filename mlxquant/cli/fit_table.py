@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PIPE_CHARS = 200  # nobody wraps what goes into a pipe
 _VERDICTS = {"fits": ("yes", "green"), "tight": ("tight", "yellow"), "no": ("no", "red")}
 _MOST = 3  # lines of remarks, and of levels that cannot be written
-_EIGHT, _PREFILL, _FIRST = "with\n8-bit KV", "prefill\ntok/s", "first\ntoken"
+_EIGHT, _PREFILL, _FIRST = "longest\n8-bit KV", "prefill\ntok/s", "first\ntoken"
 
 
 def console() -> Console:
