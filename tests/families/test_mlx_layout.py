@@ -94,7 +94,7 @@ def test_a_layer_more_than_config_says_is_an_error():
 
 
 def test_many_layers_that_are_not_there_end_soon_in_one_line():
-    config, specs = llama(num_hidden_layers=4096)
+    config, specs = llama(num_hidden_layers=1024)
     with pytest.raises(SourceError, match="tensors are missing") as caught:
         layout(config, specs)
     assert len(str(caught.value)) < 1000
