@@ -7,18 +7,12 @@ cells and light on dark ones, and the paper is painted, so that the picture read
 
 from __future__ import annotations
 
-import io
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from contextlib import AbstractContextManager
 from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxquant.errors import TargetError, UsageError
-from mlxquant.files.writing import replace_file
+from mlxquant.files import plot_file
 from mlxquant.units import GIB, format_bytes, visible
 
 if TYPE_CHECKING:
@@ -36,30 +30,12 @@ _TITLE_POINTS = 12.5
 _CELL_INCHES, _ROW_INCHES = 0.86, 0.33
 _MARGIN_INCHES, _CHAR_INCHES = 0.18, 0.082  # of a letter in a level's name, and a little air
 _TOP_INCHES, _BOTTOM_INCHES, _RIGHT_INCHES = 1.05, 0.5, 0.25
-_STYLE = {
-    "figure.dpi": 100,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and it is read aloud
-    "svg.hashsalt": "mlxquant",
-    "text.parse_math": False,  # a $ in a name is a $
-    "text.color": INK,
-}
+_STYLE = {"text.color": INK}
 
 
 def check_plot(path: Path) -> None:
-    """What can be refused before anything is computed. Raises UsageError for another suffix or without matplotlib,
-    TargetError for a folder that is not there.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            f"{path}: a plot is a .png or .svg file, found {path.suffix or 'no suffix'}",
-            hint="name it out.png or out.svg",
-        )
-    if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", hint="pip install 'mlxquant[plot]'")
-    if not os.path.isdir(path.parent):  # noqa: PTH112 - Path's own raises for a name too long
-        raise TargetError(f"{path}: there is no folder {path.parent}", hint="make it, or choose another")
+    """What can be refused before anything is computed. Raises as plot_file.check_file."""
+    plot_file.check_file(path, SUFFIXES)
 
 
 def plot(grid: Grid, path: Path) -> None:
@@ -69,31 +45,13 @@ def plot(grid: Grid, path: Path) -> None:
     """
     check_plot(path)
     with style():
-        data = _bytes(figure(grid), path.suffix.lower()[1:])
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        replace_file(path, data, scratch)
-    finally:
-        with suppress(OSError):  # a name too long for any file cannot be removed either
-            scratch.unlink()
+        data = plot_file.file_bytes(figure(grid), path.suffix.lower()[1:])
+    plot_file.write(path, data)
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's matplotlibrc says; the user's again afterwards."""
-    import matplotlib
-    import matplotlib.style
-
-    with matplotlib.style.context("default"), matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in scripts that DejaVu lacks
-        yield
-
-
-def _bytes(drawn: Any, kind: str) -> bytes:
-    out = io.BytesIO()
-    nothing: dict[str, None] = {} if kind == "png" else dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    drawn.savefig(out, format=kind, dpi=200, metadata=nothing)
-    return out.getvalue()
+def style() -> AbstractContextManager[None]:
+    """What `figure` is to be drawn and saved under."""
+    return plot_file.style(_STYLE)
 
 
 def figure(grid: Grid) -> Any:

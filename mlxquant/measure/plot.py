@@ -8,20 +8,15 @@ the shape of their marks besides.
 
 from __future__ import annotations
 
-import io
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import takewhile
 from math import isfinite, log10
 from pathlib import Path
 from typing import Any
 
-from mlxquant.errors import TargetError, UsageError
-from mlxquant.files.writing import replace_file
+from mlxquant.files import plot_file
 from mlxquant.measure.columns import MILLI, significant
 from mlxquant.measure.plot_labels import Box, place
 from mlxquant.measure.plot_page import INK, PAPER, page, themed
@@ -38,15 +33,7 @@ _MARK_POINTS = 7
 _LABEL_POINTS = 8.5
 _INCHES = (8.0, 5.2)
 _AXES = (0.085, 0.12, 0.895, 0.71)  # left, bottom, width and height, of the figure's
-_STYLE = {
-    "figure.dpi": 100,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and it is read aloud
-    "svg.hashsalt": "mlxquant",
-    "text.parse_math": False,  # a $ in a name is a $
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+_STYLE = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
 @dataclass(frozen=True)
@@ -61,18 +48,8 @@ class Point:
 
 
 def check_plot(path: Path) -> None:
-    """What can be refused before anything is computed. Raises UsageError for another suffix or without matplotlib,
-    TargetError for a folder that is not there.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            f"{path}: a plot is a .png, .svg or .html file, found {path.suffix or 'no suffix'}",
-            hint="name it out.png, out.svg or out.html",
-        )
-    if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", hint="pip install 'mlxquant[plot]'")
-    if not path.parent.is_dir():
-        raise TargetError(f"{path}: there is no folder {path.parent}", hint="make it, or choose another")
+    """What can be refused before anything is computed. Raises as plot_file.check_file."""
+    plot_file.check_file(path, SUFFIXES)
 
 
 def plot(report: Report, path: Path) -> None:
@@ -83,35 +60,17 @@ def plot(report: Report, path: Path) -> None:
     check_plot(path)
     suffix = path.suffix.lower()
     with style():
-        data = _bytes(figure(report), "png" if suffix == ".png" else "svg")
+        data = plot_file.file_bytes(figure(report), "png" if suffix == ".png" else "svg")
     if suffix != ".png":
         title = f"Divergence of quantized models from {visible(report.teacher.name)} against bits per weight"
         svg = themed(data.decode(), title)
         data = (page(report, svg) if suffix == ".html" else svg).encode()
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        replace_file(path, data, scratch)
-    finally:
-        with suppress(OSError):  # a name too long for any file cannot be removed either
-            scratch.unlink()
+    plot_file.write(path, data)
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """matplotlib's defaults and ours, whatever the user's matplotlibrc says; the user's again afterwards."""
-    import matplotlib
-    import matplotlib.style
-
-    with matplotlib.style.context("default"), matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in scripts that DejaVu lacks
-        yield
-
-
-def _bytes(drawn: Any, kind: str) -> bytes:
-    out = io.BytesIO()
-    nothing: dict[str, None] = {} if kind == "png" else dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    drawn.savefig(out, format=kind, dpi=200, metadata=nothing)
-    return out.getvalue()
+def style() -> AbstractContextManager[None]:
+    """What `figure` is to be drawn and saved under."""
+    return plot_file.style(_STYLE)
 
 
 def figure(report: Report) -> Any:

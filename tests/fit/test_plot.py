@@ -14,6 +14,7 @@ import pytest
 
 from mlxquant.errors import TargetError, UsageError
 from mlxquant.families.checkpoint import checkpoint
+from mlxquant.files import plot_file
 from mlxquant.fit import plot as plots
 from mlxquant.fit.answer import RAM_GIB, Asked, Grid, grid
 from mlxquant.fit.plot import DEEP, NOTHING, PALE, check_plot, colour, ink_on, plot, words
@@ -135,7 +136,7 @@ def test_what_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
         check_plot(tmp_path / "grid.html")
     with pytest.raises(TargetError, match="there is no folder"):
         check_plot(tmp_path / "missing" / "grid.png")
-    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot_file, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="matplotlib") as caught:
         check_plot(tmp_path / "grid.png")
     assert "mlxquant[plot]" in str(caught.value.hint)
