@@ -179,9 +179,7 @@ class _Build:
             name=name,
             shape=shape,
             dtype=specs[0].dtype,
-            pieces=tuple(_pieces(row, specs, shape))
-            if how == "half"
-            else tuple(Piece(s.name, 0, rows) for s in specs),
+            pieces=tuple(_pieces(row, specs, shape)) if how == "half" else tuple(Piece(s.name, 0, rows) for s in specs),
             change="none" if how == "add_one" and self.shifted else _CHANGES.get(how, "none"),
             cast=row.cast,
         )

@@ -34,9 +34,7 @@ Array = np.ndarray[Any, Any]
 _TEXT_TOKENS = 16  # of text before one of the worst positions
 
 
-def evaluate(
-    teacher: Side, students: Sequence[Side], windows: Windows, how: How, folder: Path, watch: Watch
-) -> Report:
+def evaluate(teacher: Side, students: Sequence[Side], windows: Windows, how: How, folder: Path, watch: Watch) -> Report:
     """The report, best student first.
 
     folder: where states and scores are kept, and found again. Raises PlanError for a student that is none of this
