@@ -202,10 +202,11 @@ def _notes(answer: Answer) -> Iterator[str]:
     yield from _remarks(answer)
     if any(row.verdict == "fits" and row.advice for row in answer.rows):
         yield "* tight, or too much, under macOS 15 and before"
-    short = [row for row in _of_one_format(answer.rows) if row.verdict != "fits"]
-    if short and (advised := short[-1]).advice:
-        yield f"what helps {advised.level.key}:"
-        yield from (f"  {line}" for line in advised.advice)
+    # Of the levels that do not fit and of those that are tight, the nearest to a fit.
+    nearest = {row.verdict: row for row in _of_one_format(answer.rows) if row.verdict != "fits" and row.advice}
+    for row in nearest.values():
+        yield f"what helps {row.level.key}:"
+        yield from (f"  {line}" for line in row.advice)
     yield from _refusals(answer)
 
 
@@ -219,7 +220,7 @@ def _remarks(answer: Answer) -> Iterator[str]:
 
 
 def _of_one_format(rows: Sequence[Row]) -> list[Row]:
-    """MLX's where there are any: of those the last that does not fit at ease is the nearest to it."""
+    """Those of the first format, which is MLX where there is any."""
     return [row for row in rows if row.level.format == rows[0].level.format]
 
 

@@ -24,6 +24,10 @@ FIRST = 20
 # Where mlx-lm looks for the first full-attention layer behind the windowed ones.
 LAYERS = {"gemma3_text": 7, "gemma3": 7, "cohere2": 5}
 WINDOW = {"sliding_window": 16}
+# A fast BLAS rounds a chunk's products otherwise than a whole text's, and Gemma 4, whose attention is not scaled, makes
+# more of it; without one the states are equal to the bit.
+CHUNKED = {"gemma4": 1e-3, "gemma4_text": 1e-3}
+INSIDE = ("gemma3n",)  # the head is called within the trunk
 SCALED = {
     "llama": {},
     "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 4096},
@@ -42,7 +46,7 @@ def whole(loaded: LoadedModel, first: int = FIRST) -> np.ndarray:
     return np.array(loaded.model(mx.array([TOKENS[:-1].tolist()]))[0, first:].astype(mx.float32))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in INSIDE])
 def test_two_halves_are_the_whole_model(family, tmp_path):
     """Windows shorter than the text, recurrent states, latents, experts, soft caps, scales, tied heads: float32."""
     options = {"layers": LAYERS.get(family, 2), "dtype": "float32", "tied": family in ("llama", "qwen3_next")}
@@ -54,7 +58,7 @@ def test_two_halves_are_the_whole_model(family, tmp_path):
     assert logits_PV.dtype == np.float32
     assert logits_PV.shape == (len(hidden_PH), split.vocabulary)
     np.testing.assert_allclose(logits_PV, expected_PV, rtol=0, atol=3e-6 * np.abs(expected_PV).max())
-    np.testing.assert_allclose(split.hidden(TOKENS, FIRST, 7), hidden_PH, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(split.hidden(TOKENS, FIRST, 7), hidden_PH, rtol=0, atol=CHUNKED.get(family, 3e-5))
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "gemma3", "qwen3_next", "gemma2", "granite", "smollm3"])
@@ -190,6 +194,12 @@ NEOX = {
 def test_a_head_inside_the_trunk_is_refused():
     """As wide as the vocabulary, so that no shape gives it away."""
     refused(random_model("gpt_neox", **NEOX))
+
+
+@pytest.mark.parametrize("family", INSIDE)
+def test_families_of_ours_with_a_head_inside_the_trunk_are_refused(family, tmp_path):
+    with pytest.raises(UnsupportedError, match=f"where the output head of '{family}' begins"):
+        split_of(make(tmp_path / family, family))
 
 
 def test_trunks_that_are_not_called_or_give_no_states_are_refused(tmp_path):
