@@ -26,6 +26,9 @@ bench: $(STAMP)
 	$(PY) benchmarks/codecs.py
 	$(PY) benchmarks/convert.py
 	$(PY) benchmarks/generate.py
+	$(PY) benchmarks/sizes.py
+	$(PY) benchmarks/peaks.py
+	$(PY) benchmarks/fit_speed.py --report
 
 slow: $(STAMP)
 	$(PY) -m pytest -q -m slow
