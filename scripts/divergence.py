@@ -50,12 +50,12 @@ def of(result: dict[str, Any], title: str, least_weights: int) -> dict[str, Any]
 
 def key(student: str) -> str:
     """As fit names levels: 'Q4_K_M.gguf' -> 'gguf Q4_K_M', 'mlx-4bit' (by recipe uniform) -> 'mlx 4-bit uniform',
-    'mlx-4bit-balanced' (what `convert` makes unasked) -> 'mlx 4-bit'.
+    'mlx-4bit-balanced' (what `convert` makes unasked) -> 'mlx 4-bit', 'mlx-mxfp4-balanced' -> 'mlx mxfp4'.
     """
     if student.endswith(".gguf"):
         return f"gguf {student.removesuffix('.gguf')}"
     _, bits, *recipe = student.split("-")
-    return f"mlx {bits.removesuffix('bit')}-bit" + ("" if recipe == ["balanced"] else " uniform")
+    return f"mlx {bits.replace('bit', '-bit')}" + ("" if recipe == ["balanced"] else " uniform")
 
 
 def figures(student: dict[str, Any]) -> dict[str, float]:

@@ -30,7 +30,9 @@ MLX = {
 }
 BESIDE = {
     "gguf": {f"{level}.gguf": ("--type", level) for level in ("Q4_0", "Q4_K_S", "IQ4_XS")},
-    "mlx": {"mlx-4bit-balanced": ("--bits", "4")},  # what `convert` makes unasked
+    # What `convert` makes unasked, where that is not what recipe uniform makes of a dense model.
+    "mlx": {f"mlx-{bits}bit-balanced": ("--bits", str(bits)) for bits in (5, 4, 3)}
+    | {"mlx-mxfp4-balanced": ("--mode", "mxfp4")},
 }
 LADDERS = {"gguf": GGUF, "mlx": MLX}
 # What claims compare.

@@ -89,6 +89,8 @@ def _mlx(level: Level, known: _Measured) -> Divergence | None:
     """By the bits of most weights. Bits per weight would mislead: at the same 5.0, 4 bits by recipe `balanced` were
     measured at twice the divergence that lies between 4 and 5 bits by `uniform`.
     """
+    if level.options and level.key in known.levels:
+        return known.at(level.key)
     words = _words(level)
     recipe, group_size = words.get("--recipe", "balanced"), int(words.get("--group-size", GROUP_SIZE))
     bits = words.get("--bits", str(MIXED.get(recipe, (0,))[0]))
