@@ -92,7 +92,9 @@ def report() -> None:
         "held-out models, chips not seen": [m for m in on_held if m.point.chip not in chips[m.point.engine]],
         "halves swapped, chips seen": [m for m in on_seen if m.point.chip in chips_swapped[m.point.engine]],
         "each chip left out of the fit half, its rows of both halves": unseen_chips(seen, both),
-        "held-out models, old builds reckoned as such": misses(shipped, held),
+        "held-out models, chips seen, each row as the build it was measured with": [
+            m for m in misses(shipped, held) if m.point.chip in chips[m.point.engine]
+        ],
         "the fit's own rows": misses(shipped, seen, dated=False),
     }
     line: dict[str, object] = {"repeats": repeats(both)}
