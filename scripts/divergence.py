@@ -27,7 +27,10 @@ def main() -> None:
     kept = results()
     found = {
         "written_by": "python scripts/divergence.py",
-        "models": [of(kept[name], title, least) for name, (title, least) in MODELS.items()],
+        "models": [
+            of([kept[n] for n in (name, f"{name}-balanced") if n in kept], title, least)
+            for name, (title, least) in MODELS.items()
+        ],
     }
     text = json.dumps(found, indent=1) + "\n"
     if "--check" not in sys.argv[1:]:
@@ -36,15 +39,16 @@ def main() -> None:
         sys.exit(f"{TARGET} is not what {RESULTS} says: run python scripts/divergence.py")
 
 
-def of(result: dict[str, Any], title: str, least_weights: int) -> dict[str, Any]:
-    report = result["reports"]["all"]
+def of(results: list[dict[str, Any]], title: str, least_weights: int) -> dict[str, Any]:
+    reports = [result["reports"]["all"] for result in results]
+    students = [student for report in reports for student in report["students"]]
     return {
         "model": title,
-        "weights": report["teacher"]["size"]["parameters"],
+        "weights": reports[0]["teacher"]["size"]["parameters"],
         "from_weights": least_weights,
-        "date": result["date"],
-        "command": result["command"],
-        "levels": {key(s["model"]["name"]): figures(s) for s in report["students"]},
+        "date": results[-1]["date"],
+        "commands": [result["command"] for result in results],
+        "levels": {key(student["model"]["name"]): figures(student) for student in students},
     }
 
 

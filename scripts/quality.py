@@ -1,12 +1,13 @@
 """What each quantization level costs on one model: makes the students, evaluates them, checks their order, keeps it.
 
-    python scripts/quality.py SOURCE [--text FILE] [--windows N] [--formats gguf,mlx] [--work DIR] [--dry-run]
+    python scripts/quality.py SOURCE [--text FILE] [--windows N] [--formats gguf,mlx|balanced] [--work DIR] [--dry-run]
 
 SOURCE is a full-precision model folder. Students stand in DIR under names like Q4_K_M.gguf and mlx-4bit; those that
 exist are not made again, and what `mlxquant eval` scored is kept there, too, so that the same command goes on after a
 stop. The ladders must come out in order, each step larger than twice its standard error (paired by position, clustered
 by window); the exit code is 1 where one does not. The result goes to benchmarks/results/quality-NAME-DATE.json, from
-which scripts/quality_page.py writes the tables of docs/quality.md.
+which scripts/quality_page.py writes the tables of docs/quality.md. `--formats balanced` alone measures convert's own
+recipe and keeps it as quality-NAME-balanced-DATE.json.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ MLX = {
     f"mlx-{bits}bit": ("--bits", str(bits), "--group-size", "64", "--mode", "affine", "--recipe", "uniform")
     for bits in (8, 6, 5, 4, 3, 2)
 }
+# What `convert` makes unasked, where that is not what recipe uniform makes of a dense model.
+BALANCED = {f"mlx-{bits}bit-balanced": ("--bits", str(bits)) for bits in (5, 4, 3)}
 BESIDE = {
     "gguf": {f"{level}.gguf": ("--type", level) for level in ("Q4_0", "Q4_K_S", "IQ4_XS")},
-    # What `convert` makes unasked, where that is not what recipe uniform makes of a dense model.
-    "mlx": {f"mlx-{bits}bit-balanced": ("--bits", str(bits)) for bits in (5, 4, 3)}
-    | {"mlx-mxfp4-balanced": ("--mode", "mxfp4")},
+    "mlx": {"mlx-4bit-balanced": ("--bits", "4")},
+    "balanced": {"mlx-mxfp4-balanced": ("--mode", "mxfp4")},
 }
-LADDERS = {"gguf": GGUF, "mlx": MLX}
+LADDERS = {"gguf": GGUF, "mlx": MLX, "balanced": BALANCED}
 # What claims compare.
 PAIRS = (
     ("Q4_K_M.gguf", "mlx-4bit"),
@@ -122,7 +124,7 @@ def main() -> None:
         reports[kind] = report(list(LADDERS[kind]))
         wrong += [f"{kind}: {line}" for line in faults(reports[kind], list(LADDERS[kind]))]
     reports["pairs"] = [report(list(pair)) for pair in PAIRS if set(pair) <= set(names)]
-    keep(source.name, reports)
+    keep(source.name + ("-balanced" if formats == ["balanced"] else ""), reports)
     print("\n".join(wrong) or "Each ladder is in order, each step larger than twice its error.")
     sys.exit(bool(wrong))
 

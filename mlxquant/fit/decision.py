@@ -39,7 +39,7 @@ class Use:
 
 
 # The bounds lie in gaps between levels that were measured on the 1.5B model (milli-nats): 8 bits 0.3 and 0.7; 6 bits
-# 3.8 and 6.5; 5 bits 13 and 24; GGUF's 4 bits 42 to 80, MLX's 95 and 111; Q3_K_M 152; MLX 3 bits 608, Q2_K 793.
+# 3.8 and 6.5; 5 bits 13 to 24; GGUF's 4 bits 42 to 80, MLX's 95 to 134; Q3_K_M 152; MLX 3 bits 487, Q2_K 793.
 USES = {
     use.name: use
     for use in (

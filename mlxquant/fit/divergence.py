@@ -70,7 +70,7 @@ class _Measured:
 
 
 def divergence(level: Level) -> Divergence | None:
-    """What `level` costs; None where nothing like it was measured: mx modes, and fewer bits than any that was."""
+    """What `level` costs; None where nothing like it was measured: most mx modes, fewer bits than any that was."""
     known = next(m for m in _measured() if level.size >= m.from_weights)
     if level.name.upper() in FLOATS:
         return Divergence(0.0, 0.0, 1.0, 1.0, level.bpw, known.model, known.weights, "exact")

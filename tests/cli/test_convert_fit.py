@@ -88,8 +88,8 @@ def test_memory_context_and_cache_decide(large):
 
 def test_without_room_one_line_names_what_would_fit(large, tmp_path):
     result = mlxquant("convert", large, "-o", tmp_path / "out", "--fit", "M2 8GB", "--context", "16k")
-    refused(result, "Nothing good enough for chat fits", "mlx 4-bit", "16,384 tokens", "M2, 8 GB")
-    refused(result, "Next: ", "a Mac with 16 GB", "weights at 4-bit")
+    refused(result, "Nothing good enough for chat fits", "mlx mxfp4", "16,384 tokens", "M2, 8 GB")
+    refused(result, "Next: ", "a Mac with 16 GB", "weights at mxfp4")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out*"))
 

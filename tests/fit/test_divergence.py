@@ -67,7 +67,7 @@ def test_measured_levels_are_the_measurement(name, size, student, model):
     assert found.how == "measured"
 
 
-@pytest.mark.parametrize("name", ["5-bit", "3-bit", "4-bit g32 uniform", "4-bit g32", "mixed_3_6"])
+@pytest.mark.parametrize("name", ["6-bit", "2-bit", "4-bit g32 uniform", "4-bit g32", "mixed_3_6"])
 def test_more_bits_than_were_measured_are_an_upper_bound(name):
     assert divergence(level(name, 5.0)).how == "at most"
 
@@ -82,7 +82,7 @@ def test_between_two_levels_lies_between_them():
     assert divergence(level("4-bit g128", 4.25)).how == "interpolated"
 
 
-@pytest.mark.parametrize(("name", "bpw"), [("mxfp4", 4.25), ("TQ1_0", 1.7), ("Q2_K_S", 2.9)])
+@pytest.mark.parametrize(("name", "bpw"), [("nvfp4", 4.5), ("mxfp4 uniform", 4.25), ("TQ1_0", 1.7), ("Q2_K_S", 2.9)])
 def test_what_nothing_like_was_measured_has_no_figure(name, bpw):
     assert divergence(level(name, bpw)) is None
 
