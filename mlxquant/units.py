@@ -63,6 +63,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def format_tokens(count: int) -> str:
+    """8192 -> '8k', 131072 -> '128k', 40000 -> '39k' (thousands of 1024, rounded down), 900 -> '900'."""
+    return f"{count // 1024}k" if count >= 1024 else str(count)
+
+
 def format_bytes(count: float) -> str:
     """Decimal units, three significant digits: 3.55 GB, 98.4 MB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

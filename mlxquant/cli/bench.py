@@ -66,9 +66,8 @@ def command(
     loaded, plan = ready.loaded, ready.plan
     bandwidth, bandwidth_source = bandwidth_bytes_per_s(where.machine)
     per_token = bytes_per_token(loaded.model, loaded.config)
-    vocabulary = loaded.config.get("vocab_size") or loaded.config["text_config"]["vocab_size"]
     with waiting(f"Timing {path.name}"):
-        rows = list(bench(loaded.model, plan.make, vocabulary, wanted, repeats, ready.prefill_step))
+        rows = list(bench(loaded.model, plan.make, loaded.vocabulary, wanted, repeats, ready.prefill_step))
     share = [
         row.mean("decode_tok_s") * (per_token + plan.held_bytes(row.case.depth_tokens + row.case.prompt_tokens))
         / bandwidth

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlxquant.cli import convert_fit
-from mlxquant.cli.converting import Wish
+from mlxquant.cli.converting import Wish, is_gguf
 from mlxquant.cli.sections import SectionCommand, SectionOption, given
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
@@ -151,7 +151,7 @@ def command(
     if for_fit:
         convert_fit.check(out, for_fit, for_mlx, for_gguf)
         options = convert_fit.chosen_options(wish, out, options)
-        to_gguf = convert_fit.is_gguf(out)
+        to_gguf = is_gguf(out)
     else:
         to_gguf = wants_gguf(out, for_mlx, for_gguf)
     if to_gguf:
@@ -167,7 +167,7 @@ def command(
 
 def wants_gguf(out: Path | None, for_mlx: Sequence[str], for_gguf: Sequence[str]) -> bool:
     """Which of the two outputs the command line means. Raises UsageError where it means both, or neither fully."""
-    is_file = out is not None and out.suffix.lower() == ".gguf"
+    is_file = is_gguf(out)
     typed = "--type" in for_gguf
     if is_file and not typed:
         raise UsageError(f"{out}: a GGUF file needs a --type", hint="add --type Q4_K_M, or leave .gguf out for MLX")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.converting import Wish
-from mlxquant.cli.running import Tokens
+from mlxquant.cli.converting import Wish, is_gguf
+from mlxquant.cli.running import Tokens, adder, refuse_zeros
 from mlxquant.cli.sections import SectionOption
 from mlxquant.errors import MemoryBudgetError, PlanError, UsageError
+from mlxquant.fit.decision import DEFAULT_USE, USES
 
 if TYPE_CHECKING:
     from mlxquant.fit.pick import Pick
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 FIT = "For a Mac: the level is chosen, as `mlxquant fit --pick` would"
 THIS = "this"
-USES = ("chat", "code", "extraction", "writing")
 # What says nothing of the format, so that --fit can stand beside it.
 _BESIDE = ("--imatrix", "--split-max-size", "--pre", "--modelfile")
 # Option of `convert` -> name of its parameter, of those that a level is made of (Level.options).
@@ -31,16 +31,6 @@ _PARAMETERS = {
     "--recipe": "recipe",
     "--type": "file_type",
 }
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def fit_options(function: F) -> F:
-    """Adds --fit and what goes with it."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
-
-
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--fit",
@@ -68,10 +58,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "use",
         cls=SectionOption,
         section=FIT,
-        type=click.Choice(USES),
+        type=click.Choice(sorted(USES)),
         help="What for: code and extraction want more bits, chat and writing speed.  [default: chat]",
     ),
 )
+
+fit_options = adder(_OPTIONS)
 
 
 def check(out: Path | None, for_fit: Sequence[str], for_mlx: Sequence[str], for_gguf: Sequence[str]) -> None:
@@ -85,10 +77,6 @@ def check(out: Path | None, for_fit: Sequence[str], for_mlx: Sequence[str], for_
         raise UsageError(f"{for_gguf[0]} is for GGUF files", hint="write -o NAME.gguf, or leave it out")
 
 
-def is_gguf(out: Path | None) -> bool:
-    return out is not None and out.suffix.lower() == ".gguf"
-
-
 def chosen_options(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` with the level that fits, as if it had been given. Says in one line what was chosen, and why.
 
@@ -97,8 +85,7 @@ def chosen_options(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> 
     """
     if options["allow_requantize"]:
         raise UsageError("--fit reckons with a first loss only", hint="leave --allow-requantize out, or name a level")
-    if options["context"] == 0:
-        raise UsageError("--context 0 has no room for a prompt", hint="use 8k, or leave it out")
+    refuse_zeros(options)
     from mlxquant.fit.pick_words import WOULD_FIT
 
     machine = _machine(options["fit"])
@@ -120,22 +107,23 @@ def _machine(words: str) -> Machine:
 
 def _pick(wish: Wish, out: Path | None, options: Mapping[str, Any], machine: Machine) -> Pick:
     from mlxquant.cli.fit_subject import subject_of
-    from mlxquant.fit.answer import Asked, answer
+    from mlxquant.fit.answer import answer, asked_of
     from mlxquant.fit.calibration import load
     from mlxquant.fit.pick import pick
 
     form: Format = "gguf" if is_gguf(out) else "mlx"
     kv_bits = int(options["kv_bits"]) if options["kv_bits"] else None
     subject = subject_of(wish.source, {"revision": wish.revision})
-    asked = Asked.of(subject, machine, options["context"], kv_bits=kv_bits)
+    asked = asked_of(subject, machine, options["context"], kv_bits=kv_bits)
     found = answer(subject, machine, asked, own=load(machine))
     # A model as it is needs no conversion.
     rows = [row for row in found.rows if row.level.options and row.level.format == form]
     if not rows:
         why = next((reason for key, reason in found.refused.items() if key.startswith(form)), "it has no levels")
         raise PlanError(f"{wish.source}: --fit has nothing to choose from: {why}", hint="mlxquant fit says what it is")
-    use = options["use"] or USES[0]
-    return pick(rows, use, machine, asked.context_tokens, name=wish.source, form=form, kv_bits=kv_bits)
+    return pick(
+        rows, options["use"] or DEFAULT_USE, machine, asked.context_tokens, name=wish.source, form=form, kv_bits=kv_bits
+    )
 
 
 def _as_parameters(level: Level) -> dict[str, str]:

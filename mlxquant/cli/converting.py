@@ -36,6 +36,11 @@ def stopped_in_one_line(out: Path) -> Iterator[None]:
         sys.exit(130)
 
 
+def is_gguf(out: Path | None) -> bool:
+    """Whether the output that is named is a GGUF file."""
+    return out is not None and out.suffix.lower() == ".gguf"
+
+
 def print_written(out: Path, nbytes: int, bpw: float, seconds: float) -> None:
     click.echo(f"Wrote {out}: {format_bytes(nbytes)}, {bpw:.2f} bits per weight, in {format_duration(seconds)}.")
     click.echo(f"Next: mlxquant verify {out}   or   mlxquant chat {out}")

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.fit_options import FORMATS, USES, check, fit_options
+from mlxquant.cli.fit_options import FORMATS, check, fit_options
 from mlxquant.cli.sections import SectionCommand
+from mlxquant.fit.decision import DEFAULT_USE
 
 if TYPE_CHECKING:
-    from mlxquant.fit.answer import Asked
     from mlxquant.fit.subject import Subject
+    from mlxquant.fit.values import Asked
     from mlxquant.machine import Machine
 
 
@@ -36,14 +37,14 @@ def command(model: str | None, **options: Any) -> None:
         calibrate(str(model), options)
         return
     from mlxquant.cli.fit_subject import subject_of
-    from mlxquant.fit.answer import Asked
+    from mlxquant.fit.answer import asked_of
 
     grid = options["table"] or options["plot"]
     machines = usual_macs() if grid else [machine_of(options)]
     subject = subject_of(model, options)
     kv_bits = int(options["kv_bits"]) if options["kv_bits"] else None
     words = {"kv_bits": kv_bits, "chunk_tokens": options["prefill_step"]}
-    asked = Asked.of(subject, machines[0], options["context"], **words)
+    asked = asked_of(subject, machines[0], options["context"], **words)
     if grid:
         say_grid(subject, machines, asked, options)
     else:
@@ -77,7 +78,7 @@ def say_answer(subject: Subject, machine: Machine, asked: Asked, options: dict[s
         from mlxquant.fit.pick import pick
 
         wanted: dict[str, Any] = {"name": source, "form": options["form"] or FORMATS[0], "kv_bits": asked.kv_bits}
-        chosen = pick(found.rows, options["use"] or USES[0], machine, asked.context_tokens, **wanted)
+        chosen = pick(found.rows, options["use"] or DEFAULT_USE, machine, asked.context_tokens, **wanted)
     if options["as_json"]:
         click.echo(json.dumps(found.to_json() | ({"pick": chosen.to_json()} if chosen else {})))
         return

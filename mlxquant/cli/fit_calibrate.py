@@ -54,15 +54,14 @@ def _longest() -> int:
 def _timed(ready: Any) -> list[Row]:
     from mlxquant.measure.speed import bench, cases
 
-    config = ready.loaded.config
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    loaded = ready.loaded
     wanted = cases([PROMPT_TOKENS], [GENERATED_TOKENS], DEPTHS_TOKENS)
     with waiting("Timing prefill and decode"):
-        return list(bench(ready.loaded.model, ready.plan.make, vocabulary, wanted, REPEATS, ready.prefill_step))
+        return list(bench(loaded.model, ready.plan.make, loaded.vocabulary, wanted, REPEATS, ready.prefill_step))
 
 
 def _trial(subject: Subject, machine: Machine, row: Row) -> Trial:
-    from mlxquant.fit.cache import cache_of
+    from mlxquant.fit.memory import cache_on
     from mlxquant.fit.speed import trial_of
     from mlxquant.fit.stored import stored_level
     from mlxquant.fit.work import work
@@ -71,7 +70,7 @@ def _trial(subject: Subject, machine: Machine, row: Row) -> Trial:
     return trial_of(
         level,
         work(subject),
-        cache_of(subject.shape),
+        cache_on(machine, subject.shape),
         machine,
         model=f"{subject.name} {level.key}",
         depth_tokens=row.case.depth_tokens + row.case.prompt_tokens + row.case.generated_tokens // 2,

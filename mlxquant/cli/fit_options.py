@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import click
 
-from mlxquant.cli.running import Tokens
+from mlxquant.cli.running import Tokens, adder, refuse_zeros
 from mlxquant.cli.sections import SectionOption
 from mlxquant.errors import UsageError
+from mlxquant.fit.decision import USES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MACHINE, OUTPUT, SHAPE = "The Mac", "The answer", "A model of this shape, instead of MODEL"
-USES = ("chat", "code", "extraction", "writing")
 FORMATS = ("mlx", "gguf", "either")
 SHAPE_NAMES = ("params", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active")
 _COUNT = click.IntRange(1)
@@ -37,7 +37,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     _option(MACHINE, "--gpu-cores", type=_COUNT, help="Its GPU cores, where the chip is sold with several."),
     _option(MACHINE, "--calibrate", is_flag=True, help="Time MODEL here, and keep this machine's own constants."),
     _option(OUTPUT, "--pick", is_flag=True, help="Name one level, why, and the command to run."),
-    _option(OUTPUT, "--for", "use", type=click.Choice(USES), help="What for.  [default: chat]"),
+    _option(OUTPUT, "--for", "use", type=click.Choice(sorted(USES)), help="What for.  [default: chat]"),
     _option(OUTPUT, "--format", "form", type=click.Choice(FORMATS), help="What --pick chooses from.  [default: mlx]"),
     _option(OUTPUT, "--table", is_flag=True, help="The longest context of each level on Macs of 8 to 128 GB."),
     _option(OUTPUT, "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw that table: .png or .svg."),
@@ -55,11 +55,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )  # fmt: skip
 
 
-def fit_options(function: F) -> F:
-    """Adds them all, in this order."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+fit_options = adder(_OPTIONS)
 
 
 def check(model: str | None, options: dict[str, Any]) -> None:
@@ -70,9 +66,7 @@ def check(model: str | None, options: dict[str, Any]) -> None:
         raise UsageError(found, hint="give a Hub id, a folder, a .gguf file, or --params 7B --layers 32")
     if shape and options["params"] is None:
         raise UsageError(f"{shape[0]} without --params", hint="write it like --params 7B --layers 32")
-    for name in ("context", "prefill_step"):
-        if options[name] == 0:
-            raise UsageError(f"--{name.replace('_', '-')} 0 has no room for a prompt", hint="use 8k, or leave it out")
+    refuse_zeros(options)
     elsewhere = [f"--{name}" for name in ("mac", "chip", "ram") if options[name] is not None]
     if options["calibrate"] and (shape or elsewhere):
         found = f"--calibrate times a model on this machine, and {(elsewhere or shape)[0]} describes one"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.cli.fit_options import SHAPE_NAMES
-from mlxquant.cli.resolve import is_hub_id, resolve
+from mlxquant.cli.resolve import is_hub_id, remote_gguf, resolve
 
 if TYPE_CHECKING:
     from mlxquant.convert.gguf_source import GGUFSource
@@ -62,11 +62,11 @@ def _of_config(path: Path) -> Subject:
 def _published(name: str, config: dict[str, Any], remark: str) -> Subject:
     """The checkpoint that a config stands for."""
     from mlxquant.families.checkpoint import checkpoint
+    from mlxquant.families.mlx_config import is_mxfp4
     from mlxquant.fit.subject import Subject
 
     plain = {key: value for key, value in config.items() if key != "quantization"}
-    scheme = plain.get(_SCHEME)
-    if isinstance(scheme, dict) and scheme.get("quant_method") != "mxfp4":
+    if isinstance(plain.get(_SCHEME), dict) and not is_mxfp4(plain):
         del plain[_SCHEME]
     return Subject(name, plain, checkpoint(plain), remarks=(remark,))
 
@@ -80,6 +80,7 @@ def _of_gguf(name: str, source: GGUFSource) -> Subject:
 
 def _of_specs(name: str, config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Subject:
     """A checkpoint, or an MLX folder whose packed tensors stand for one."""
+    from mlxquant.families.mlx_config import is_mxfp4
     from mlxquant.fit.stored import stored_mlx
     from mlxquant.fit.subject import Subject
     from mlxquant.plan.packed import as_floats
@@ -89,7 +90,7 @@ def _of_specs(name: str, config: dict[str, Any], specs: Mapping[str, TensorSpec]
         rounded = {key: weight.format for key, weight in packed.items()}
         return Subject(name, plain, floats, rounded, stored_mlx(config, specs))
     subject = Subject(name, config, specs)
-    if config.get(_SCHEME) and not subject.published_mxfp4:
+    if config.get(_SCHEME) and not is_mxfp4(config):
         return _published(
             name, config, f"stored as {_method(config)}, which convert does not read: as the floats of it"
         )
@@ -104,11 +105,7 @@ def _method(config: Mapping[str, Any]) -> str:
 
 def _remote(model: str, revision: str | None) -> Subject:
     if model.endswith(".gguf"):
-        from mlxquant.convert.gguf_source import GGUFSource
-        from mlxquant.hub.front import read_front
-
-        front, _, _ = read_front(model, revision, GGUFSource, lambda found: found.front_bytes)
-        return _of_gguf(model, front)
+        return _of_gguf(model, remote_gguf(model, revision))
     from mlxquant.hub.headers import remote_specs
 
     remote = remote_specs(model, revision)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from mlxquant.fit.memory import FILL, limit_bytes
 from mlxquant.plan.gguf_types import few
-from mlxquant.units import GIB, format_bytes, format_count, format_number, visible
+from mlxquant.plan.plan import left_out_remark
+from mlxquant.units import GIB, format_bytes, format_count, format_number, format_tokens, visible
 
 if TYPE_CHECKING:
     from mlxquant.fit.answer import Answer, Grid
@@ -58,7 +59,7 @@ def _say(out: Console, line: str, style: str = "") -> None:
 
 def _model(answer: Answer) -> str:
     shape, first = answer.subject.shape, answer.rows[0].level
-    made_for = f", made for {tokens(shape.context_length)} tokens" if shape.context_length else ""
+    made_for = f", made for {format_tokens(shape.context_length)} tokens" if shape.context_length else ""
     weights = f"{format_count(first.size)} weights, {shape.layers} layers"
     return f"{answer.subject.name}: {shape.model_type}, {weights}{made_for}"
 
@@ -90,7 +91,8 @@ def _context(answer: Answer) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(answer))
     made_for = answer.subject.shape.context_length
     beyond = "; more than the model was made for" if made_for and asked.context_tokens > made_for else ""
-    return f"{tokens(asked.context_tokens)} tokens of context: cache {format_bytes(held)} in {bits} ({kinds}){beyond}"
+    long = format_tokens(asked.context_tokens)
+    return f"{long} tokens of context: cache {format_bytes(held)} in {bits} ({kinds}){beyond}"
 
 
 def _kinds(answer: Answer) -> Iterable[tuple[str, int]]:
@@ -155,7 +157,7 @@ def _depths(answer: Answer) -> list[int]:
 
 
 def _at(depth: int) -> str:
-    return f"tok/s\nat {tokens(depth)}"
+    return f"tok/s\nat {format_tokens(depth)}"
 
 
 def _decode(at: int, row: Row) -> str:
@@ -167,13 +169,8 @@ def _verdict(row: Row) -> Text:
     return Text(verdict + "*" * (row.verdict == "fits" and bool(row.advice)), colour)
 
 
-def tokens(count: int) -> str:
-    """8192 -> '8k', 131072 -> '128k', 40000 -> '39k' (thousands of 1024, rounded down), 900 -> '900'."""
-    return f"{count // 1024}k" if count >= 1024 else str(count)
-
-
 def longest(count: int) -> str:
-    return tokens(count) if count else "no"
+    return format_tokens(count) if count else "no"
 
 
 def span(found: Range) -> str:
@@ -213,7 +210,8 @@ def _notes(answer: Answer) -> Iterator[str]:
 def _remarks(answer: Answer) -> Iterator[str]:
     """Of all levels together; what is left out has been named already."""
     found = dict.fromkeys(remark for row in answer.rows for remark in row.level.remarks)
-    said = [remark for remark in found if "tensors left out" not in remark]
+    named = {left_out_remark(reason, count) for reason, count, _ in answer.left_out}
+    said = [remark for remark in found if remark not in named]
     yield from said[:_MOST]
     if len(said) > _MOST:
         yield f"and {len(said) - _MOST} more of this kind: `mlxquant convert --dry-run` names those of a level"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxquant.errors import UsageError
 from mlxquant.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from mlxquant.convert.gguf_source import GGUFSource
 
 
 def is_hub_id(text: str) -> bool:
@@ -57,10 +60,7 @@ def resolve_headers(
         opened = open_source(resolve(source, revision))
         return opened.config, opened.specs, opened.quantized
     if source.endswith(".gguf"):
-        from mlxquant.convert.gguf_source import GGUFSource
-        from mlxquant.hub.front import read_front
-
-        front, _, _ = read_front(source, revision, GGUFSource, lambda found: found.front_bytes)
+        front = remote_gguf(source, revision)
         return front.config, front.specs, front.quantized
     from mlxquant.hub.headers import remote_specs
     from mlxquant.plan.packed import as_floats
@@ -70,6 +70,14 @@ def resolve_headers(
         return remote.config, remote.specs, {}
     config, specs, packed = as_floats(remote.config, remote.specs)
     return config, specs, {name: weight.format for name, weight in packed.items()}
+
+
+def remote_gguf(source: str, revision: str | None) -> GGUFSource:
+    """A .gguf file on the Hub, from its front alone: its rows are not there. Raises HubError and SourceError."""
+    from mlxquant.convert.gguf_source import GGUFSource
+    from mlxquant.hub.front import read_front
+
+    return read_front(source, revision, GGUFSource, lambda found: found.front_bytes)[0]
 
 
 def _pull(source: str, revision: str | None) -> tuple[Path, dict[str, Any]]:

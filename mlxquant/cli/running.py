@@ -75,7 +75,7 @@ _ENGINE = (
 )
 
 
-def _adder(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
+def adder(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
     """A decorator that adds these options, in this order."""
 
     def add(function: F) -> F:
@@ -86,9 +86,9 @@ def _adder(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
     return add
 
 
-sampling_options = _adder(_SAMPLING)
-engine_options = _adder(_ENGINE)
-running_options = _adder(_ANSWER + _ENGINE)
+sampling_options = adder(_SAMPLING)
+engine_options = adder(_ENGINE)
+running_options = adder(_ANSWER + _ENGINE)
 
 
 def sampling_from(options: dict[str, Any], suggested: Mapping[str, Any] = MappingProxyType({})) -> Sampling:
@@ -100,16 +100,21 @@ def sampling_from(options: dict[str, Any], suggested: Mapping[str, Any] = Mappin
     return Sampling(**{**suggested, **{name: value for name, value in given.items() if value is not None}})
 
 
+def refuse_zeros(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for a context, or chunks of a prompt, of no tokens."""
+    if options.get("prefill_step") == 0:
+        raise UsageError("--prefill-step 0 makes no headway", hint="use 512 or 2048")
+    if options.get("context") == 0:
+        raise UsageError("--context 0 has no room for a prompt", hint="use 8k, or leave it out")
+
+
 def open_text(model: str, options: dict[str, Any]) -> tuple[Path, Device, Text]:
     """Prepares the device (before anything imports MLX), finds MODEL and reads its tokenizer."""
     from mlxquant.cli.progress import waiting
     from mlxquant.cli.resolve import resolve
     from mlxquant.run.device import prepare
 
-    if options["prefill_step"] == 0:
-        raise UsageError("--prefill-step 0 makes no headway", hint="use 512 or 2048")
-    if options.get("context") == 0:
-        raise UsageError("--context 0 has no room for a prompt", hint="use 8k, or leave it out")
+    refuse_zeros(options)
     path = resolve(model, options["revision"])
     with waiting(f"Opening {path.name}"):
         device = prepare(options["device"], wired=options["wired"])

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlxquant.errors import SourceError
-from mlxquant.families.mlx_config import text_config
+from mlxquant.families.mlx_config import is_mxfp4, stated_dtype, text_config
 from mlxquant.families.mlx_layout import all_flags, expected, published
 from mlxquant.families.mlx_modules import dimensions, made_of, sizes
 from mlxquant.families.shape import ModelShape
-from mlxquant.tensors import FLOAT_CODES, TensorSpec
+from mlxquant.tensors import TensorSpec
 
 _MXFP4_GROUP = 32
 # DeepSeek-V3 has 45,000 tensors; ten times as many take seconds, layers and experts at their most would take hours.
@@ -40,7 +40,7 @@ def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str,
 
     Raises SourceError (a key is missing or wrong) and UnsupportedError (an unknown family).
     """
-    shape, code = ModelShape.from_config(config), dtype or _stated_dtype(config)
+    shape, code = ModelShape.from_config(config), dtype or stated_dtype(config) or "BF16"
     numbers = dimensions(shape)
     specs: dict[str, TensorSpec] = {}
     for row, _, source in expected(shape, _flags(config, shape), numbers):
@@ -50,7 +50,7 @@ def checkpoint(config: Mapping[str, Any], dtype: str | None = None) -> dict[str,
         if len(specs) > _MOST_TENSORS:
             found = f"{shape.layers} layers of {shape.experts} experts"
             raise SourceError(f"config.json: {found} are more than {_MOST_TENSORS:,} tensors, which no model has")
-    return _with_mxfp4(specs) if shape.module == "gpt_oss" and _is_mxfp4(config) else specs
+    return _with_mxfp4(specs) if shape.module == "gpt_oss" and is_mxfp4(config) else specs
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -86,18 +86,6 @@ def has_merges(config: Mapping[str, Any]) -> bool:
 def _flags(config: Mapping[str, Any], shape: ModelShape) -> set[str]:
     stated = text_config(config).get("tie_word_embeddings")
     return all_flags(config, shape, head_present=not shape.tied and stated is not True)
-
-
-def _stated_dtype(config: Mapping[str, Any]) -> str:
-    """transformers before 5 writes `torch_dtype`, since 5 `dtype`."""
-    found = text_config(config)
-    names = (found.get(key) for key in ("torch_dtype", "dtype"))
-    return next((FLOAT_CODES[name] for name in names if isinstance(name, str) and name in FLOAT_CODES), "BF16")
-
-
-def _is_mxfp4(config: Mapping[str, Any]) -> bool:
-    scheme = config.get("quantization_config")
-    return isinstance(scheme, Mapping) and scheme.get("quant_method") == "mxfp4"
 
 
 def _with_mxfp4(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxquant.errors import SourceError
+from mlxquant.tensors import FLOAT_CODES
 
 # Families whose text_config alone is asked whether embeddings are tied.
 _TIED_INSIDE = ("qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_unified", "qwen3_vl", "mistral3")
@@ -45,6 +46,23 @@ def _inner(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if inner is not None and not isinstance(inner, Mapping):
         raise SourceError(f"config.json: text_config is {inner!r:.60}, expected an object")
     return inner
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype code that config.json, or its text_config, names: transformers before 5 writes `torch_dtype`, since 5
+    `dtype`."""
+    for block in (config, _inner(config) or {}):
+        for key in ("torch_dtype", "dtype"):
+            named = block.get(key)
+            if isinstance(named, str) and named in FLOAT_CODES:
+                return FLOAT_CODES[named]
+    return None
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether experts are stored as MXFP4, as gpt-oss is published: which mlx-lm and llama.cpp read as it is."""
+    scheme = config.get("quantization_config")
+    return isinstance(scheme, Mapping) and scheme.get("quant_method") == "mxfp4"
 
 
 def _flat_rope(rope: Any) -> dict[str, Any]:

@@ -9,14 +9,13 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mlxquant.errors import TargetError, UsageError
-from mlxquant.files.writing import replace_file
 
 _STYLE = {
     "figure.dpi": 100,
@@ -61,13 +60,3 @@ def file_bytes(drawn: Any, kind: str) -> bytes:
     nothing: dict[str, None] = {} if kind == "png" else dict.fromkeys(("Date", "Creator", "Format", "Type"))
     drawn.savefig(out, format=kind, dpi=200, metadata=nothing)
     return out.getvalue()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Whole or not at all. Raises TargetError for a full disk."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        replace_file(path, data, scratch)
-    finally:
-        with suppress(OSError):  # a name too long for any file cannot be removed either
-            scratch.unlink()

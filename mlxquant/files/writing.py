@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxquant.errors import TargetError
@@ -96,6 +96,16 @@ def _flush(fd: int) -> None:
     except OSError as exc:
         if exc.errno != errno.EINVAL:  # folders on some network disks cannot be flushed
             raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts `data` at `path` all at once, and leaves nothing beside it. Raises TargetError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        replace_file(path, data, scratch)
+    finally:
+        with suppress(OSError):  # a name too long for any file cannot be removed either
+            scratch.unlink()
 
 
 def replace_file(path: Path, data: bytes, scratch: Path) -> None:

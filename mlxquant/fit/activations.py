@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from mlxquant.errors import SourceError, UnsupportedError
-from mlxquant.families.shape import ModelShape
+from mlxquant.families.shape import Mixer, ModelShape
+from mlxquant.fit.cache import heads_and_widths, is_latent
 
 # ssm.py works in squares of 256 tokens: six of them a head, in float32.
 SSM_STEP, SSM_SQUARES = 256, 6
@@ -80,11 +81,11 @@ def activations(shape: ModelShape) -> Activations:
     )
 
 
-def _layers(shape: ModelShape) -> list[tuple[str, str]]:
+def _layers(shape: ModelShape) -> list[tuple[Mixer, str]]:
     return list(zip(shape.mixers, shape.ffns, strict=True))
 
 
-def _mixer(shape: ModelShape, mixer: str) -> int:
+def _mixer(shape: ModelShape, mixer: Mixer) -> int:
     """Columns beside the two norms, the projection back and the sum."""
     if mixer == "none":
         return 0
@@ -122,26 +123,18 @@ def _attention(shape: ModelShape) -> tuple[Attention, ...]:
     found = []
     for mixer, count in kinds.items():
         kv_heads, (width, value_width) = _heads(shape, mixer)
-        latent = _is_latent(shape)
+        latent = is_latent(shape)
         keys = shape.heads * (shape.qk_nope_head_dim + value_width) if latent else kv_heads * (width + value_width)
         window = shape.sliding_window if mixer == "sliding" else None
         found.append(Attention(count, shape.heads, width, value_width, keys, window, latent))
     return tuple(found)
 
 
-def _heads(shape: ModelShape, mixer: str) -> tuple[int, tuple[int, int]]:
-    """(heads of keys, (width of a key, width of a value)) as attention sees them."""
-    if shape.kv_lora_rank:
-        width = shape.qk_nope_head_dim + shape.qk_rope_head_dim
-        return 1 if _is_latent(shape) else shape.heads, (width, shape.v_head_dim)
-    if mixer == "full" and shape.global_head_dim:
-        return shape.global_kv_heads or shape.kv_heads, (shape.global_head_dim, shape.global_head_dim)
-    return shape.kv_heads, (shape.head_dim, shape.head_dim)
-
-
-def _is_latent(shape: ModelShape) -> bool:
-    """Whether the cache holds what keys and values are unpacked from; deepseek_v2.py alone keeps them unpacked."""
-    return bool(shape.kv_lora_rank) and shape.module != "deepseek_v2"
+def _heads(shape: ModelShape, mixer: Mixer) -> tuple[int, tuple[int, int]]:
+    """(heads of keys, (width of a key, width of a value)) as attention sees them: latents unpacked."""
+    if is_latent(shape):
+        return 1, (shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim)
+    return heads_and_widths(shape, mixer)
 
 
 def _unknown(config: Mapping[str, Any]) -> Activations:

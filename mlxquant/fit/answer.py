@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlxquant.fit.cache import PREFILL_STEP, Cache, default_prefill_step
+from mlxquant.fit.cache import Cache, default_prefill_step
 from mlxquant.fit.calibration import Own
 from mlxquant.fit.levels import left_out, levels, survey
 from mlxquant.fit.memory import advice, cache_on, limit_bytes, longest_context, need, verdict
 from mlxquant.fit.speed import speed
 from mlxquant.fit.subject import Subject
-from mlxquant.fit.values import Level, Row
+from mlxquant.fit.values import CONTEXT_TOKENS, Asked, Level, Row
 from mlxquant.fit.work import work
 from mlxquant.machine import Machine
 
-CONTEXT_TOKENS = 8192  # of a chat; `generate` and `chat` plan for the same unless told otherwise
 PROMPT_TOKENS = 2048
 DEPTHS_TOKENS = (0, 4096, 16384)
 CEILING_TOKENS = 2**20  # where a config does not say what context the model was made for
 RAM_GIB = (8, 16, 24, 32, 48, 64, 128)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a run would be. kv_bits: None keeps keys and values in 16 bits."""
-
-    context_tokens: int = CONTEXT_TOKENS
-    kv_bits: int | None = None
-    chunk_tokens: int = PREFILL_STEP
-
-    @classmethod
-    def of(
-        cls,
-        subject: Subject,
-        machine: Machine,
-        context_tokens: int | None = None,
-        *,
-        kv_bits: int | None = None,
-        chunk_tokens: int | None = None,
-    ) -> Asked:
-        """A context that was not asked for is 8k, or what the model was made for if that is less; chunks are those
-        that `generate` and `chat` would take there."""
-        made_for = subject.shape.context_length or CONTEXT_TOKENS
-        context = context_tokens or min(CONTEXT_TOKENS, made_for)
-        return cls(context, kv_bits, chunk_tokens or default_prefill_step(machine.device))
+def asked_of(
+    subject: Subject,
+    machine: Machine,
+    context_tokens: int | None = None,
+    *,
+    kv_bits: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Asked:
+    """A context that was not asked for is 8k, or what the model was made for if that is less; chunks are those that
+    `generate` and `chat` would take there."""
+    made_for = subject.shape.context_length or CONTEXT_TOKENS
+    context = context_tokens or min(CONTEXT_TOKENS, made_for)
+    return Asked(context, kv_bits, chunk_tokens or default_prefill_step(machine.device))
 
 
 @dataclass(frozen=True)
@@ -102,17 +91,12 @@ def answer(subject: Subject, machine: Machine, asked: Asked, *, every: bool = Fa
             longest_context(level, plain, shape, machine, chunk, ceiling),
             longest_context(level, small, shape, machine, chunk, ceiling) if small.quantizable else None,
             speed(level, cost, cache, machine, depths, PROMPT_TOKENS, own),
+            tuple(advice(level, needed, cache, shape, machine, asked)),
         )
 
     found = survey(subject, every)
-    rows = _advised(tuple(map(row, found.levels)), subject, machine, asked)
+    rows = tuple(map(row, found.levels))
     return Answer(subject, machine, asked, cache, rows, found.refused, left_out(subject))
-
-
-def _advised(rows: Sequence[Row], subject: Subject, machine: Machine, asked: Asked) -> tuple[Row, ...]:
-    """With what would help each level that does not fit at ease, or not under an older macOS."""
-    shape = subject.shape
-    return tuple(replace(row, advice=tuple(advice(row.level, shape, machine, asked))) for row in rows)
 
 
 @dataclass(frozen=True)

@@ -200,14 +200,14 @@ def _own(shape: ModelShape, mixer: Mixer, wanted: _Wanted, read_again: bool) -> 
         return _Layer("none", Growth())
     if mixer in ("linear", "ssm"):
         return _Layer("linear" if mixer == "linear" else "ssm", _state(shape, wanted.item_bytes))
-    heads, widths = _heads_and_widths(shape, mixer)
+    heads, widths = heads_and_widths(shape, mixer)
     row_bytes = heads * wanted.item_bytes
     sliding, window = mixer == "sliding", shape.sliding_window if mixer == "sliding" else wanted.max_kv_size
     keep = KEEP_TOKENS if window and not sliding else 0
     growth = Growth(row_bytes * sum(widths), window=window, keep=keep, array_bytes=row_bytes * max(widths))
     if window:
         return _Layer("sliding" if sliding else "rotating", growth, f"a window of {window} tokens cannot be quantized")
-    kind: Kind = "full" if not shape.kv_lora_rank else "latent" if shape.module in _LATENT else "expanded"
+    kind: Kind = "full" if not shape.kv_lora_rank else "latent" if is_latent(shape) else "expanded"
     if not wanted.kv_bits:
         return _Layer(kind, growth)
     # gemma3n's sharing layers are given the cache itself, gemma4's only what it holds.
@@ -221,9 +221,14 @@ def _own(shape: ModelShape, mixer: Mixer, wanted: _Wanted, read_again: bool) -> 
     return _Layer("quantized", quantized_growth(heads, widths, wanted.kv_bits, size, wanted.item_bytes), why)
 
 
-def _heads_and_widths(shape: ModelShape, mixer: Mixer) -> tuple[int, tuple[int, int]]:
+def is_latent(shape: ModelShape) -> bool:
+    """Whether the cache holds what keys and values are unpacked from; deepseek_v2.py keeps them unpacked."""
+    return bool(shape.kv_lora_rank) and shape.module in _LATENT
+
+
+def heads_and_widths(shape: ModelShape, mixer: Mixer) -> tuple[int, tuple[int, int]]:
     """(heads, (width of a key, width of a value)) as they are cached."""
-    if shape.kv_lora_rank and shape.module in _LATENT:
+    if is_latent(shape):
         return 1, (shape.kv_lora_rank, shape.qk_rope_head_dim)
     if shape.kv_lora_rank:
         return shape.heads, (shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim)

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.errors import SourceError, TargetError
+from mlxquant.files.writing import write_whole, writing
 from mlxquant.machine import Machine
 
 VERSION = 1
@@ -94,12 +94,12 @@ def keep(machine: Machine, trials: Sequence[Trial]) -> Path:
     """
     path = state_folder() / FILE
     fresh = {_case(trial) for trial in trials}
-    with _told(path), _alone(path.parent):
+    with writing(path), _alone(path.parent):
         known = _read(path)
         mine = [trial for trial in known.get(_key(machine), []) if _case(trial) not in fresh]
         known[_key(machine)] = [*mine, *trials]
         content = {"version": VERSION, "machines": {key: [asdict(t) for t in kept] for key, kept in known.items()}}
-        _write(path, json.dumps(content, indent=1) + "\n")
+        write_whole(path, f"{json.dumps(content, indent=1)}\n".encode())
     return path
 
 
@@ -212,19 +212,6 @@ def _unreadable(path: Path, found: str) -> SourceError:
     return SourceError(f"{path}: {found}", hint="remove the file and run `mlxquant fit MODEL --calibrate` again")
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: another process may read it meanwhile."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", encoding="utf-8", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Reads, adds and writes while no other process does: they wait, for milliseconds."""
@@ -236,11 +223,3 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TargetError(f"{path}: cannot keep the calibration: {error.strerror or error}") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlxquant.fit.divergence import FLOATS, Divergence, divergence
-from mlxquant.fit.values import Level, Row
+from mlxquant.fit.values import Level, Range, Row
 
 Room = Literal["tight", "comfortable", "plenty", "none"]
 PAINFUL_TOK_S, READING_TOK_S = 5.0, 10.0
@@ -53,6 +53,7 @@ USES = {
         Use("extraction", 0.003, 0.007, 0.12, PAINFUL_TOK_S),
     )
 }
+DEFAULT_USE = "chat"
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,15 @@ def fast_enough(row: Row, wanted_tok_s: float, context_tokens: int) -> bool:
 
 def tok_s(row: Row, context_tokens: int) -> float | None:
     """The likely speed of decoding at the end of the context, where it is lowest."""
+    found = rate_at(row, context_tokens)
+    return found.likely if found else None
+
+
+def rate_at(row: Row, context_tokens: int) -> Range | None:
+    """Of decoding at the deepest that was reckoned within the context."""
     if row.speed is None:
         return None
-    depths = [found for found in row.speed.decode if found[0] <= context_tokens] or [row.speed.decode[0]]
-    return depths[-1][1].likely
+    return ([found for depth, found in row.speed.decode if depth <= context_tokens] or [row.speed.decode[0][1]])[-1]
 
 
 def kl_of(choice: Choice) -> float:

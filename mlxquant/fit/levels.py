@@ -60,11 +60,6 @@ def levels(subject: Subject, all: bool = False) -> tuple[Level, ...]:
     return survey(subject, all).levels
 
 
-def refused(subject: Subject, all: bool = False) -> Mapping[str, str]:
-    """`survey`'s reasons."""
-    return survey(subject, all).refused
-
-
 def survey(subject: Subject, all: bool = False) -> Survey:
     """Asks the plan of each level, the usual ones or `all` of them. No weight is read.
 

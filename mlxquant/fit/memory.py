@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from mlxquant.families.shape import ModelShape
 from mlxquant.fit import llamacpp
 from mlxquant.fit.activations import Activations, activations
 from mlxquant.fit.cache import Cache, cache_of
 from mlxquant.fit.scratch import Prefill
-from mlxquant.fit.values import Level, Need, Verdict
+from mlxquant.fit.values import Asked, Level, Need, Verdict
 from mlxquant.machine import Machine
 from mlxquant.units import GIB, MIB, format_bytes
 
@@ -27,24 +26,18 @@ SYSTEM_SHARE, SYSTEM_BYTES = 0.2, 5 * GIB
 SMALLER_CHUNKS = (1024, 512, 256)
 
 
-class Run(Protocol):
-    """What is asked for, as advice() needs it."""
-
-    @property
-    def context_tokens(self) -> int: ...
-    @property
-    def kv_bits(self) -> int | None: ...
-    @property
-    def chunk_tokens(self) -> int: ...
-
-
 def cache_on(machine: Machine, shape: ModelShape, kv_bits: int | None = None) -> Cache:
     """mlx-lm's cache there: on a CPU models run in float32 (run/expand.py), and keys and values with them."""
     return cache_of(shape, kv_bits=kv_bits, item_bytes=2 if _has_gpu(machine) else 4)
 
 
 def need(
-    level: Level, cache: Cache, shape: ModelShape, machine: Machine, context_tokens: int, chunk_tokens: int = 2048
+    level: Level,
+    cache: Cache,
+    shape: ModelShape,
+    machine: Machine,
+    context_tokens: int,
+    chunk_tokens: int,
 ) -> Need:
     """Bytes of a run whose prompt fills `context_tokens`, and its largest single buffer. `cache`: of `shape`, as
     cache_of gives it. Of a GGUF level chunk_tokens is llama.cpp's own, 512."""
@@ -110,19 +103,17 @@ def longest(fits: Callable[[int], bool], ceiling_tokens: int) -> int:
     return low
 
 
-def advice(level: Level, shape: ModelShape, machine: Machine, run: Run) -> list[str]:
+def advice(level: Level, now: Need, cache: Cache, shape: ModelShape, machine: Machine, asked: Asked) -> list[str]:
     """What helps a level that does not fit at ease, one line each: only what helps by the numbers. Of one that does,
-    whether it would not under an older macOS."""
-    cache = cache_on(machine, shape, run.kv_bits)
-    now = need(level, cache, shape, machine, run.context_tokens, run.chunk_tokens)
+    whether it would not under an older macOS. `now`: what it needs as asked for; `cache`: of that run."""
     older = _older_macos(now, machine)
     if verdict(now, machine) == "fits":
         return [older] if older else []
     lines = [
         _one_buffer(now, machine),
-        _smaller_chunk(now, level, cache, shape, machine, run),
-        _kv_bits(now, level, cache, shape, machine, run),
-        _shorter_context(level, cache, shape, machine, run),
+        _smaller_chunk(now, level, cache, shape, machine, asked),
+        _kv_bits(now, level, cache, shape, machine, asked),
+        _shorter_context(level, cache, shape, machine, asked),
         _raised_limit(now, machine),
         _smaller_level(now, machine),
         older,
@@ -138,23 +129,23 @@ def _one_buffer(now: Need, machine: Machine) -> str:
     return f"one buffer takes {found}, and no buffer there may be larger than {most}"
 
 
-def _smaller_chunk(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+def _smaller_chunk(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, asked: Asked) -> str:
     if level.format == "gguf":
         return ""
-    best = _best(now, machine, _in_chunks(level, cache, shape, machine, run)[1:])
+    best = _best(now, machine, _in_chunks(level, cache, shape, machine, asked)[1:])
     if best is None or now.total_bytes - best.total_bytes < now.total_bytes // 100:
         return ""
     saved = format_bytes(now.total_bytes - best.total_bytes)
     return f"--prefill-step {best.chunk_tokens} saves {saved}{_then(best, machine)}"
 
 
-def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
+def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: Machine, asked: Asked) -> str:
     """With a smaller chunk where that is what makes it better: attention over quantized keys makes scores."""
-    if run.kv_bits:
+    if asked.kv_bits:
         return ""
     if level.format == "mlx" and not cache.quantizable:
         return "--kv-bits 8 does not help: no layer's cache can be quantized"
-    small = _in_chunks(level, cache_on(machine, shape, 8), shape, machine, run)
+    small = _in_chunks(level, cache_on(machine, shape, 8), shape, machine, asked)
     best = _best(now, machine, small[:1]) or _best(now, machine, small[1:])
     if best is not None and now.total_bytes - best.total_bytes > now.total_bytes // 100:
         chunk = "" if best.chunk_tokens == now.chunk_tokens else f" --prefill-step {best.chunk_tokens}"
@@ -166,11 +157,11 @@ def _kv_bits(now: Need, level: Level, cache: Cache, shape: ModelShape, machine: 
     return f"--kv-bits 8 does not help: {less} less cache, but attention is no longer fused and makes scores"
 
 
-def _in_chunks(level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> list[Need]:
+def _in_chunks(level: Level, cache: Cache, shape: ModelShape, machine: Machine, asked: Asked) -> list[Need]:
     """The run as it was asked for, then in smaller chunks."""
-    smaller = [chunk for chunk in SMALLER_CHUNKS if chunk < min(run.chunk_tokens, run.context_tokens)]
-    chunks = [run.chunk_tokens, *(smaller if level.format == "mlx" else ())]
-    return [need(level, cache, shape, machine, run.context_tokens, chunk) for chunk in chunks]
+    smaller = [chunk for chunk in SMALLER_CHUNKS if chunk < min(asked.chunk_tokens, asked.context_tokens)]
+    chunks = [asked.chunk_tokens, *(smaller if level.format == "mlx" else ())]
+    return [need(level, cache, shape, machine, asked.context_tokens, chunk) for chunk in chunks]
 
 
 def _best(now: Need, machine: Machine, needs: Sequence[Need]) -> Need | None:
@@ -180,9 +171,9 @@ def _best(now: Need, machine: Machine, needs: Sequence[Need]) -> Need | None:
     return better[0] if better else min(less, key=lambda n: n.total_bytes, default=None)
 
 
-def _shorter_context(level: Level, cache: Cache, shape: ModelShape, machine: Machine, run: Run) -> str:
-    found = longest_context(level, cache, shape, machine, run.chunk_tokens, run.context_tokens)
-    return f"--context {found} is the longest that fits" if 0 < found < run.context_tokens else ""
+def _shorter_context(level: Level, cache: Cache, shape: ModelShape, machine: Machine, asked: Asked) -> str:
+    found = longest_context(level, cache, shape, machine, asked.chunk_tokens, asked.context_tokens)
+    return f"--context {found} is the longest that fits" if 0 < found < asked.context_tokens else ""
 
 
 def _raised_limit(now: Need, machine: Machine) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import floor, log10
 
-from mlxquant.fit.decision import Choice, Room, Use, fast_enough, keeps_codes, tok_s
+from mlxquant.fit.decision import Choice, Room, Use, fast_enough, keeps_codes, rate_at, tok_s
 from mlxquant.fit.divergence import Divergence, divergence
 from mlxquant.fit.memory import limit_bytes
 from mlxquant.fit.values import Level, Row
 from mlxquant.machine import Machine
+from mlxquant.macs import chips
 from mlxquant.units import format_bytes, format_count, format_number
 
-RAM_GIB = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # as Apple sells or sold them: macs.toml
 USEFUL_TOKENS = 1024  # less is no conversation, and not worth naming
 WOULD_FIT = "What would fit: "
 _MILLI = 1000
@@ -48,10 +48,10 @@ def costs(choice: Choice, context_tokens: int) -> str:
 
 
 def _rate(row: Row, context_tokens: int) -> str:
-    if row.speed is None:
+    found = rate_at(row, context_tokens)
+    if found is None:
         return ""
-    found = [span for depth, span in row.speed.decode if depth <= context_tokens] or [row.speed.decode[0][1]]
-    low, likely, high = (format_number(v) for v in (found[-1].low, found[-1].likely, found[-1].high))
+    low, likely, high = (format_number(v) for v in (found.low, found.likely, found.high))
     return f"about {likely} tok/s ({low} to {high}) at the context's end"
 
 
@@ -137,7 +137,8 @@ def _ram_for(total_bytes: int) -> int | None:
     """GB, as Apple prints it, of the smallest Mac that has room for so much."""
     from mlxquant.machine import described
 
-    return next((gib for gib in RAM_GIB if limit_bytes(described(ram=f"{gib}GB")) >= total_bytes), None)
+    sold = sorted({gib for chip in chips() for gib in chip.ram_gib})
+    return next((gib for gib in sold if limit_bytes(described(ram=f"{gib}GB")) >= total_bytes), None)
 
 
 def milli_nats(cost: Divergence | None) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxquant.files import plot_file
-from mlxquant.units import GIB, format_bytes, visible
+from mlxquant.files.writing import write_whole
+from mlxquant.units import GIB, format_bytes, format_tokens, visible
 
 if TYPE_CHECKING:
     from mlxquant.fit.answer import Grid
@@ -46,7 +47,7 @@ def plot(grid: Grid, path: Path) -> None:
     check_plot(path)
     with style():
         data = plot_file.file_bytes(figure(grid), path.suffix.lower()[1:])
-    plot_file.write(path, data)
+    write_whole(path, data)
 
 
 def style() -> AbstractContextManager[None]:
@@ -124,10 +125,8 @@ def ink_on(fill: Colour) -> str:
 
 
 def words(tokens: int) -> str:
-    """As the table has them: '128k' (of 1024, rounded down), '900', and 'no' where not even one token fits."""
-    if tokens <= 0:
-        return "no"
-    return f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
+    """As the table has them: '128k', '900', and 'no' where not even one token fits."""
+    return format_tokens(tokens) if tokens > 0 else "no"
 
 
 def _words(drawn: Any, grid: Grid, width: float, height: float) -> None:

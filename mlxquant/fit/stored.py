@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxquant.codecs.spec import Codec
 from mlxquant.families.checkpoint import header_bytes
 from mlxquant.families.layout import Target
+from mlxquant.families.mlx_config import is_mxfp4
 from mlxquant.fit.shares import Share, experts_share, gguf_shares, mlx_shares, read_parts
 from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level
@@ -28,7 +29,7 @@ def stored_level(subject: Subject) -> Level:
         return subject.stored
     if subject.gguf is not None:
         return stored_gguf(*subject.gguf)
-    return _mxfp4_level(subject) if subject.published_mxfp4 else _float_level(subject)
+    return _mxfp4_level(subject) if is_mxfp4(subject.config) else _float_level(subject)
 
 
 def _float_level(subject: Subject) -> Level:

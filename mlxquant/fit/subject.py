@@ -73,9 +73,3 @@ class Subject:
                 return self.gguf_basis
             except SourceError:
                 raise error from None
-
-    @property
-    def published_mxfp4(self) -> bool:
-        """gpt-oss as OpenAI published it: mlx-lm loads it, though no MLX plan reads it."""
-        scheme = self.config.get("quantization_config")
-        return isinstance(scheme, dict) and scheme.get("quant_method") == "mxfp4"

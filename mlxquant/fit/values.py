@@ -7,6 +7,7 @@ from typing import Literal
 
 Format = Literal["mlx", "gguf"]
 Verdict = Literal["fits", "tight", "no"]
+CONTEXT_TOKENS = 8192  # of a chat, where nobody asks for another
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class Work:
     active_weights: int
     attention_flops: int
     head_weights: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run would be. kv_bits: None keeps keys and values in 16 bits; chunk_tokens: of the prompt, fed at once."""
+
+    context_tokens: int
+    kv_bits: int | None
+    chunk_tokens: int
 
 
 @dataclass(frozen=True)

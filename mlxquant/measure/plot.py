@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxquant.files import plot_file
+from mlxquant.files.writing import write_whole
 from mlxquant.measure.columns import MILLI, significant
 from mlxquant.measure.plot_labels import Box, place
 from mlxquant.measure.plot_page import INK, PAPER, page, themed
@@ -65,7 +66,7 @@ def plot(report: Report, path: Path) -> None:
         title = f"Divergence of quantized models from {visible(report.teacher.name)} against bits per weight"
         svg = themed(data.decode(), title)
         data = (page(report, svg) if suffix == ".html" else svg).encode()
-    plot_file.write(path, data)
+    write_whole(path, data)
 
 
 def style() -> AbstractContextManager[None]:

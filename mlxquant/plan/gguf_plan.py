@@ -18,6 +18,7 @@ from mlxquant.families.gguf_limits import unsaid
 from mlxquant.families.gguf_rope import rope_tensors
 from mlxquant.families.gguf_tensors import gguf_layout
 from mlxquant.families.layout import Layout, Piece, Target
+from mlxquant.families.mlx_config import is_mxfp4
 from mlxquant.files.gguf_file import GGUFTensor
 from mlxquant.files.gguf_spec import SPLIT_KEYS, GGUFSpec
 from mlxquant.files.imatrix import Imatrix
@@ -31,7 +32,7 @@ from mlxquant.plan.gguf_types import (
     order,
     tensor_types,
 )
-from mlxquant.plan.plan import refuse_quantized_source
+from mlxquant.plan.plan import left_out_remark, refuse_quantized_source
 from mlxquant.tensors import DTYPES, TensorSpec
 
 OWN_KEYS = "mlxquant."
@@ -248,8 +249,7 @@ def _refuse_second_loss(settings: TypeSettings, rounded: Mapping[str, str] | Non
 
 def _without_mxfp4(config: dict[str, Any]) -> dict[str, Any]:
     """The one scheme of quantized checkpoints that GGUF has as well; the layout knows its tensors."""
-    scheme = config.get("quantization_config")
-    if isinstance(scheme, dict) and scheme.get("quant_method") == MXFP4.lower():
+    if is_mxfp4(config):
         return {key: value for key, value in config.items() if key != "quantization_config"}
     return config
 
@@ -262,7 +262,7 @@ def _checkpoint_remarks(
     if rounded:
         yield f"{few(list(rounded))}: {_before(rounded.values(), settings.rounds)}"
     for reason, count in Counter(reason for _, reason in laid_out.dropped).items():
-        yield f"{count} tensors left out: {reason}"
+        yield left_out_remark(reason, count)
 
 
 def plan_gguf(

@@ -13,6 +13,7 @@ from mlxquant.codecs.repacked import REPACKED
 from mlxquant.codecs.spec import KEEP, Codec
 from mlxquant.errors import PlanError, UnsupportedError
 from mlxquant.families.layout import Layout, Target
+from mlxquant.families.mlx_config import stated_dtype
 from mlxquant.families.mlx_layout import layout as mlx_layout
 from mlxquant.families.mlx_quant import mlx_lm_codec
 from mlxquant.families.roles import SENSITIVE, VOCABULARY, Role, assign_roles
@@ -193,16 +194,9 @@ def refuse_quantized_source(config: dict[str, Any]) -> None:
 
 
 def model_dtype(config: dict[str, Any], targets: Iterable[Target]) -> str:
-    """The float dtype of what stays float: config.json's, else that of most source weights.
-
-    transformers before 5 writes `torch_dtype`, since 5 `dtype`; either may sit under text_config.
-    """
-    text = config.get("text_config")
-    for block in (config, text if isinstance(text, dict) else {}):
-        for key in ("torch_dtype", "dtype"):
-            named = block.get(key)
-            if isinstance(named, str) and named in FLOAT_CODES:
-                return FLOAT_CODES[named]
+    """The float dtype of what stays float: config.json's, else that of most source weights."""
+    if stated := stated_dtype(config):
+        return stated
     counts: Counter[str] = Counter()
     for target in targets:
         if target.dtype in FLOAT_CODES.values():
@@ -311,4 +305,8 @@ def shape_remarks(shape: ModelShape, laid_out: Layout) -> list[str]:
         parts = " and ".join(others)
         remarks.append(f"this model has {parts} parts: only its text part is converted")
     reasons: Counter[str] = Counter(reason for _, reason in laid_out.dropped)
-    return remarks + [f"{count} tensors left out: {reason}" for reason, count in reasons.items()]
+    return remarks + [left_out_remark(reason, count) for reason, count in reasons.items()]
+
+
+def left_out_remark(reason: str, count: int) -> str:
+    return f"{count} tensors left out: {reason}"

@@ -69,6 +69,11 @@ class LoadedModel:
         return self
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings for."""
+        return int(self.config.get("vocab_size") or self.config["text_config"]["vocab_size"])
+
+    @property
     def context_tokens(self) -> int | None:
         """The longest context the model was made for, None when its config does not say."""
         for config in (self.config.get("text_config") or {}, self.config):

@@ -12,6 +12,7 @@ from typing import Any
 from mlxquant.errors import UsageError
 from mlxquant.fit.activations import Activations
 from mlxquant.fit.cache import default_prefill_step
+from mlxquant.fit.values import CONTEXT_TOKENS
 from mlxquant.run import budget as budgets
 from mlxquant.run.budget import Budget, Reckoned
 from mlxquant.run.cache import CachePlan, plan_cache
@@ -19,7 +20,6 @@ from mlxquant.run.device import Device
 from mlxquant.run.model import LoadedModel, load_model
 from mlxquant.run.text import Text
 
-DEFAULT_CONTEXT_TOKENS = 8192
 MAX_CONTEXT_TOKENS = 2**24  # nothing is made for more, and the budget replays a run chunk by chunk
 
 
@@ -73,7 +73,7 @@ def open_unread(
     step = prefill_step or default_prefill_step(device.kind)
     loaded = load_model(path, expand=expand, lazy=True, memory_bytes=device.machine.working_set_bytes)
     plan = _plan(loaded, options)
-    asked = context_tokens or min(loaded.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS)
+    asked = context_tokens or min(loaded.context_tokens or CONTEXT_TOKENS, CONTEXT_TOKENS)
     if asked > MAX_CONTEXT_TOKENS:
         raise UsageError(f"a context of {asked} tokens is beyond {MAX_CONTEXT_TOKENS}", hint="use a shorter one")
     made = Activations.of_config(loaded.config)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -216,14 +217,32 @@ def test_the_pick_names_a_level_and_a_command(folder: Path):
 
 
 def test_a_calibration_is_kept_and_used(folder: Path, tmp_path: Path):
+    before = answer(folder)["levels"][0]["speed"]
     done = mlxquant("fit", folder, "--calibrate", "--json")
     assert done.code == 0, done
     kept = json.loads(done.out)
     assert Path(kept["file"]).parent == tmp_path / "state"
+    (trials,) = json.loads(Path(kept["file"]).read_text())["machines"].values()
+    measured = [row["decode_tok_s"] for row in kept["rows"]]
+    assert [1 / trial["decode_s"] for trial in trials] == pytest.approx(measured)
     speed = answer(folder)["levels"][0]["speed"]
     assert speed["engine"].startswith("calibrated on this machine")
-    measured = kept["rows"][0]["decode_tok_s"]
-    assert speed["decode_tok_s"][0]["likely"] == pytest.approx(measured, rel=0.7), "a tiny model, and a busy machine"
+    if before is None:  # no published bandwidth: as long for a byte as was measured
+        byte_s = median(t["decode_s"] / (t["weight_bytes"] + t["cache_bytes"]) for t in trials)
+        expected = 1 / (byte_s * trials[0]["weight_bytes"])
+    else:
+        scale = median(trial["decode_s"] / trial["likely_s"] for trial in trials)
+        expected = before["decode_tok_s"][0]["likely"] / scale
+    assert speed["decode_tok_s"][0]["likely"] == pytest.approx(expected)
+
+
+def test_a_calibration_reckons_with_the_cache_that_was_timed(folder: Path, tmp_path: Path):
+    """On a CPU keys and values are float32, as the weights are."""
+    assert mlxquant("fit", folder, "--calibrate").code == 0
+    (trials,) = json.loads((tmp_path / "state" / "speeds.json").read_text())["machines"].values()
+    found = answer(folder)
+    per_token, first = found["cache"]["bytes_per_token"], 512 + 64 // 2
+    assert [trial["cache_bytes"] for trial in trials] == [per_token * (depth + first) for depth in (0, 2048)]
 
 
 def test_nothing_heavy_is_loaded(folder: Path):

@@ -17,7 +17,7 @@ from mlxquant.convert.sources import open_source
 from mlxquant.errors import UnsupportedError
 from mlxquant.files.gguf_file import GGUFFile
 from mlxquant.files.hf_folder import HFFolder
-from mlxquant.fit.levels import LEVELS, left_out, levels, refused, survey
+from mlxquant.fit.levels import LEVELS, left_out, levels, survey
 from mlxquant.fit.stored import stored_gguf, stored_mlx
 from mlxquant.fit.subject import Subject
 from mlxquant.fit.values import Level
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_only_gguf_reads(tmp_path):
 def test_a_reason_is_the_one_that_convert_gives(tmp_path):
     """Rows of 160 weights: no group of 64 divides them."""
     source = make(tmp_path / "model", "llama", width=160)
-    reasons = refused(subject_of(source), all=True)
+    reasons = survey(subject_of(source), all=True).refused
     asked = {f"mlx {b}-bit uniform": f"--bits {b} --recipe uniform" for b in AFFINE_BITS}
     asked |= {"mlx 4-bit g128 uniform": "--group-size 128 --recipe uniform", "mlx mixed_3_6": "--recipe mixed_3_6"}
     assert reasons.keys() >= asked.keys()
@@ -265,7 +265,7 @@ def test_a_reason_is_the_one_that_convert_gives(tmp_path):
 
 
 def test_a_family_that_gguf_has_no_table_for(folder):
-    reasons = refused(subject_of(folder("deepseek_v3")))
+    reasons = survey(subject_of(folder("deepseek_v3"))).refused
     assert reasons.keys() == {key for key in LEVELS if key.startswith("gguf")}
     assert "deepseek_v3" in reasons["gguf Q8_0"]
 

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ from mlxquant.families.shape import ModelShape
 from mlxquant.fit import llamacpp
 from mlxquant.fit.cache import cache_of
 from mlxquant.fit.memory import advice, limit_bytes, longest_context, need, verdict
-from mlxquant.fit.values import Level, Need
+from mlxquant.fit.values import Asked, Level, Need
 from mlxquant.machine import described
 from mlxquant.units import GIB
 from tests.run import gguf_models
@@ -35,15 +35,18 @@ GEMMA = ModelShape.from_config({
 M2, M2_8 = described("M2 16GB"), described("M2 8GB")
 
 
-@dataclass
-class Run:
-    context_tokens: int = 8192
-    kv_bits: int | None = None
-    chunk_tokens: int = 2048
+def run(context_tokens=8192, kv_bits=None, chunk_tokens=2048):
+    return Asked(context_tokens, kv_bits, chunk_tokens)
 
 
 def level(weight_bytes, form="mlx", largest=500_000_000):
     return Level("4-bit", form, (), weight_bytes, weight_bytes, largest, weight_bytes, 8 * GB)
+
+
+def advised(at, shape, machine, asked):
+    cache = cache_of(shape, kv_bits=asked.kv_bits)
+    now = need(at, cache, shape, machine, asked.context_tokens, asked.chunk_tokens)
+    return advice(at, now, cache, shape, machine, asked)
 
 
 def needing(total, largest=0):
@@ -77,16 +80,16 @@ def test_a_limit_as_macos_sets_it_is_what_binds(mac):
 
 
 def test_parts_of_a_need():
-    found = need(level(4_500_000_000), cache_of(LLAMA), LLAMA, M2, 8192)
+    found = need(level(4_500_000_000), cache_of(LLAMA), LLAMA, M2, 8192, 2048)
     assert (found.context_tokens, found.chunk_tokens) == (8192, 2048)
     assert found.weight_bytes == 4_500_000_000
     assert found.cache_bytes == 131072 * 8192
     assert found.largest_buffer_bytes == 500_000_000
     # Keys of 8 heads and 128 columns in two bytes are the largest array of a million tokens.
-    longer = need(level(4_500_000_000), cache_of(LLAMA), LLAMA, M2, 2**20)
+    longer = need(level(4_500_000_000), cache_of(LLAMA), LLAMA, M2, 2**20, 2048)
     assert longer.largest_buffer_bytes == 2**20 * 8 * 128 * 2
     # Quantized, attention makes scores: heads x chunk x context in two bytes.
-    small = need(level(4_500_000_000), cache_of(LLAMA, kv_bits=8), LLAMA, M2, 2**20)
+    small = need(level(4_500_000_000), cache_of(LLAMA, kv_bits=8), LLAMA, M2, 2**20, 2048)
     assert small.largest_buffer_bytes == 32 * 2048 * 2**20 * 2
 
 
@@ -107,19 +110,19 @@ def test_the_longest_context_fits_and_no_longer_one(weights, ram, chunk, form, b
 
 
 def test_advice_helps_by_its_numbers():
-    lines = advice(level(8 * GB), LLAMA, M2, Run(32768))
-    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, M2, 32768), M2) == "no"
+    lines = advised(level(8 * GB), LLAMA, M2, run(32768))
+    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, M2, 32768, 2048), M2) == "no"
     context = int(next(line for line in lines if line.startswith("--context")).split()[1])
-    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, M2, context), M2) != "no"
+    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, M2, context, 2048), M2) != "no"
     raised = next(line for line in lines if "iogpu.wired_limit_mb=" in line)
     assert "panic" in raised
     assert "reboot" in raised
     mib = int(re.search(r"mb=([0-9]+)", raised)[1])
     after = replace(M2, working_set_bytes=mib * 2**20, max_buffer_bytes=mib * 2**20)
-    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, after, 32768), after) != "no"
+    assert verdict(need(level(8 * GB), cache_of(LLAMA), LLAMA, after, 32768, 2048), after) != "no"
     weights = next(line for line in lines if line.startswith("a level of"))
     room = float(re.search(r"at most ([0-9.]+) GB", weights)[1])
-    assert verdict(need(level(int((room - 0.01) * GB)), cache_of(LLAMA), LLAMA, M2, 32768), M2) != "no"
+    assert verdict(need(level(int((room - 0.01) * GB)), cache_of(LLAMA), LLAMA, M2, 32768, 2048), M2) != "no"
     # Float keys are read by a fused kernel; quantized ones make scores, which only a smaller chunk makes small.
     bits = next(line for line in lines if line.startswith("--kv-bits 8 --prefill-step"))
     chunk = int(bits.split()[3])
@@ -129,20 +132,20 @@ def test_advice_helps_by_its_numbers():
 
 def test_advice_says_why_bits_do_not_help():
     many = replace(LLAMA, kv_heads=1)  # a cache so small that scores outweigh it in any chunk
-    (line,) = [a for a in advice(level(11_600_000_000), many, M2, Run(4096, chunk_tokens=256)) if "--kv-bits" in a]
+    (line,) = [a for a in advised(level(11_600_000_000), many, M2, run(4096, chunk_tokens=256)) if "--kv-bits" in a]
     assert line.startswith("--kv-bits 8 does not help: ")
     assert "scores" in line
     mla = ModelShape.from_config({"model_type": "deepseek_v3", "vocab_size": 1000})
-    assert "--kv-bits 8 does not help: no layer's cache can be quantized" in advice(level(12 * GB), mla, M2, Run())
+    assert "--kv-bits 8 does not help: no layer's cache can be quantized" in advised(level(12 * GB), mla, M2, run())
     # llama.cpp's flash attention reads quantized keys: there it saves what it saves.
-    gguf = advice(level(10 * GB, "gguf"), LLAMA, M2, Run(16384))
+    gguf = advised(level(10 * GB, "gguf"), LLAMA, M2, run(16384))
     assert [line for line in gguf if line.startswith("--kv-bits 8 saves")]
     assert not [line for line in gguf if "--prefill-step" in line]
 
 
 def test_advice_offers_a_smaller_chunk_where_scores_are_large():
     """Heads of 256 columns: scores of the whole context, as long as the chunk."""
-    (line,) = [a for a in advice(level(10 * GB), GEMMA, M2, Run(32768)) if "--prefill-step" in a]
+    (line,) = [a for a in advised(level(10 * GB), GEMMA, M2, run(32768)) if "--prefill-step" in a]
     chunk = int(line.split()[1])
     before = need(level(10 * GB), cache_of(GEMMA), GEMMA, M2, 32768, 2048)
     after = need(level(10 * GB), cache_of(GEMMA), GEMMA, M2, 32768, chunk)
@@ -152,23 +155,23 @@ def test_advice_offers_a_smaller_chunk_where_scores_are_large():
 
 def test_a_buffer_that_is_too_large_is_named():
     big = level(5 * GB, largest=M2.max_buffer_bytes + 1)
-    lines = advice(big, LLAMA, M2, Run())
+    lines = advised(big, LLAMA, M2, run())
     assert lines[0].startswith("one buffer takes "), lines
     assert not any("wired_limit" in line for line in lines), "it does not grow with the limit"
 
 
 def test_nothing_is_advised_that_does_not_help():
     """Weights alone are beyond RAM: neither context, chunk nor a raised limit helps, only fewer weights."""
-    (line,) = advice(level(40 * GB), LLAMA, M2, Run(512))
+    (line,) = advised(level(40 * GB), LLAMA, M2, run(512))
     assert line.startswith("a level of at most 11")
-    assert not advice(level(4 * GB), LLAMA, M2, Run(512, kv_bits=8))
+    assert not advised(level(4 * GB), LLAMA, M2, run(512, kv_bits=8))
 
 
 def test_older_macos_is_named_where_the_answer_differs():
     """16 GB: 11.84 GiB under macOS 26, 10.67 GiB under macOS 15."""
-    assert advice(level(9_900_000_000), LLAMA, M2, Run(4096)) == ["under macOS 15 or before: it does not fit"]
-    assert not advice(level(8 * GB), LLAMA, M2, Run(4096))
-    assert not [a for a in advice(level(10 * GB), LLAMA, M2_8, Run(4096)) if a.startswith("under macOS")]
+    assert advised(level(9_900_000_000), LLAMA, M2, run(4096)) == ["under macOS 15 or before: it does not fit"]
+    assert not advised(level(8 * GB), LLAMA, M2, run(4096))
+    assert not [a for a in advised(level(10 * GB), LLAMA, M2_8, run(4096)) if a.startswith("under macOS")]
 
 
 SERVER = """
@@ -210,11 +213,11 @@ def test_what_llama_cpp_logs(family, tmp_path):
 
 def test_a_gguf_level_needs_what_llama_cpp_takes():
     """A mask over 8192 tokens and the logits of 512, as llama-perplexity keeps them."""
-    found = need(level(4_900_000_000, "gguf"), cache_of(LLAMA), LLAMA, M2, 8192)
+    found = need(level(4_900_000_000, "gguf"), cache_of(LLAMA), LLAMA, M2, 8192, 2048)
     assert found.scratch_bytes == 2 * 512 * 8192 + 4 * 512 * 128256
     assert found.cache_bytes == 8192 * 131072
     assert found.chunk_tokens == 512
-    small = need(level(4_900_000_000, "gguf"), cache_of(LLAMA, kv_bits=8), LLAMA, M2, 8192)
+    small = need(level(4_900_000_000, "gguf"), cache_of(LLAMA, kv_bits=8), LLAMA, M2, 8192, 2048)
     assert small.cache_bytes == 8192 * 131072 * 17 // 32
-    four = need(level(4_900_000_000, "gguf"), cache_of(LLAMA, kv_bits=4), LLAMA, M2, 8192)
+    four = need(level(4_900_000_000, "gguf"), cache_of(LLAMA, kv_bits=4), LLAMA, M2, 8192, 2048)
     assert four.cache_bytes == 8192 * 131072 * 9 // 32

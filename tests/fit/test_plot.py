@@ -16,7 +16,7 @@ from mlxquant.errors import TargetError, UsageError
 from mlxquant.families.checkpoint import checkpoint
 from mlxquant.files import plot_file
 from mlxquant.fit import plot as plots
-from mlxquant.fit.answer import RAM_GIB, Asked, Grid, grid
+from mlxquant.fit.answer import RAM_GIB, Grid, asked_of, grid
 from mlxquant.fit.plot import DEEP, NOTHING, PALE, check_plot, colour, ink_on, plot, words
 from mlxquant.fit.subject import Subject
 from mlxquant.machine import described
@@ -29,7 +29,7 @@ EVIL = "<script>alert(1)</script>&\"'\x1b$x_1$"
 def drawn_grid() -> Grid:
     subject = Subject("org/Llama-8B", LLAMA_8B, checkpoint(LLAMA_8B))
     machines = [described(ram=f"{gib}GB") for gib in RAM_GIB]
-    return grid(subject, machines, Asked.of(subject, machines[0]))
+    return grid(subject, machines, asked_of(subject, machines[0]))
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def benchmark(name):
     return module
 
 
-PEAKS = list(benchmark("peaks").peaks())
+PAGE = benchmark("peaks")
+PEAKS = list(PAGE.peaks())
 
 
 def peak_of(model, tokens, chunk):
@@ -84,6 +85,11 @@ def test_published_peaks(peak):
     missed = MISSES.get((peak.model, peak.machine, peak.prompt_tokens))
     assert abs(peak.error) <= missed if missed else peak.within
     assert peak.source
+
+
+def test_the_page_has_these_rows():
+    page = (Path(__file__).parents[2] / "docs" / "fit.md").read_text().splitlines()
+    assert [line for line in PAGE.markdown(PEAKS) if line not in page] == []
 
 
 def test_the_issues_table_is_whole_and_has_no_miss():

@@ -258,6 +258,19 @@ def test_held_out_models_are_met_as_the_page_says(script) -> None:
     assert medians["MoE, both engines"]["median"] < 0.15
 
 
+def test_llama_cpp_is_met_within_5_percent_where_its_build_is_known(script) -> None:
+    """Held-out models on chips that were seen, each row by the constants of the build it was measured with."""
+    from speeds.report import table
+    from speeds.rows import points
+
+    at = {engine: constants(engine) for engine in ("mlx", "gguf")}
+    shipped = script.Fitted(at, json.loads(script.OUT.read_text())["old_llama_cpp"])
+    found = [m for m in script.misses(shipped, points(("held-out",))) if m.point.chip in at[m.point.engine].chips]
+    (row,) = [row for row in table(found, "decode") if row["group"] == "dense llama.cpp"]
+    assert row["rows"] == 49
+    assert row["median"] < 0.05
+
+
 def test_chips_left_out_are_met_within_15_percent(script) -> None:
     """Fitted to the fit half without the chip, asked for all that was measured on it."""
     from speeds.report import table
