@@ -19,6 +19,7 @@ FLOORS = [
     {"convert"},
     {"run"},
     {"measure"},
+    {"calibrate"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
