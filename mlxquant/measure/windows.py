@@ -83,7 +83,7 @@ class Windows:
 
 def cut(text: Text, corpus: Corpus, protocol: Protocol) -> Windows:
     """The corpus in the tokens of `text`'s tokenizer, in windows. Raises UsageError when it is shorter than one."""
-    start = _begins_with(text)
+    start = begins_with(text)
     # llama.cpp's -f drops the last newline. An end token that the tokenizer would add is none of the text's.
     ids = np.array(start + encode(text, corpus.text.removesuffix("\n")), np.int32)
     context, step = protocol.context, protocol.step
@@ -99,7 +99,7 @@ def cut(text: Text, corpus: Corpus, protocol: Protocol) -> Windows:
     return Windows(tokens_WL, protocol.first, len(windows), start[0] if start else None, corpus, protocol)
 
 
-def _begins_with(text: Text) -> list[int]:
+def begins_with(text: Text) -> list[int]:
     """What the tokenizer puts before a text, by what it puts before one letter."""
     bare, whole = encode(text, "x"), encode(text, "x", around=True)
     places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
