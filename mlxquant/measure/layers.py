@@ -84,7 +84,7 @@ class _Teacher:
         self.split = Split(loaded, plan_cache(loaded.model))
         self._windows, self._step = windows, step
         self._hidden = [self.split.hidden(tokens_L, windows.first, step) for tokens_L in windows.tokens_WL]
-        self._list = _layers_of(self.split.trunk)
+        self._list = layers_of(self.split.trunk)
         self._skips = bool(self._list) and (step or windows.tokens_WL.shape[1]) >= windows.tokens_WL.shape[1] - 1
         self._at, self._entering = 0, list[Any]()
 
@@ -143,7 +143,7 @@ class _Teacher:
         return np.array_equal(begun.hidden(windows.tokens_WL[0], windows.first, self._step), self._hidden[0])
 
 
-def _layers_of(trunk: Any) -> str:
+def layers_of(trunk: Any) -> str:
     """The name of the one list of modules in a trunk; '' where there is not one."""
     from mlx.nn import Module
 

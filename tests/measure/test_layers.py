@@ -125,7 +125,7 @@ def test_a_later_beginning_changes_no_figure(family, tmp_path, monkeypatch):
     assert {found.layer for found in begun} >= {None, 1}
     assert compared
     assert all(compared)
-    monkeypatch.setattr(layers, "_layers_of", lambda trunk: "")
+    monkeypatch.setattr(layers, "layers_of", lambda trunk: "")
     assert list(inject(teacher, student, WINDOWS)) == begun
 
 
