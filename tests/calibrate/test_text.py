@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_samples_stand_in_the_text_in_order_and_apart(bos: bool, plain: Text, wi
     assert found.tokens_BL.shape == (12, length)
     assert found.tokens_BL.dtype == np.int32
     at = places(whole, found.tokens_BL)
-    assert all(b - a >= length for a, b in zip(at, at[1:], strict=False))
+    assert all(b - a >= length for a, b in itertools.pairwise(at))
     assert at[0] + at[-1] > length, "from everywhere, not from the beginning"
     if bos:
         assert found.tokens_BL[:, 0].tolist() == [BOS] * 12
