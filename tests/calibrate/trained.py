@@ -2,8 +2,8 @@
 
 Trained for a few seconds on the built-in text, on the CPU, and saved as Hugging Face folders. Some channels are then
 made outliers as those of grown models are: a norm's weight is larger there, and the columns that read it smaller, which
-changes no output. Every test of this folder has the fixtures `trained_dense` and `trained_experts` (conftest.py), others
-import them from here. They are trained once a session, and must be left as they are.
+changes no output. Every test of this folder has the fixtures `trained_dense` and `trained_experts` (conftest.py), and
+others import them from here. They are trained once a session, and must be left as they are.
 """
 
 from __future__ import annotations
