@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from mlxquant.cli.progress import CountBar, waiting
+from mlxquant.cli.progress import waiting, watching
 from mlxquant.cli.resolve import resolve
 from mlxquant.cli.running import Tokens
 from mlxquant.errors import TargetError, UsageError
@@ -103,7 +101,7 @@ def command(teacher: str, students: tuple[str, ...], **options: Any) -> None:
 
     folder = options["keep"] or own_folder(sides[0], windows, how)
     try:
-        with _watching() as watch:
+        with watching() as watch:
             report = evaluate(sides[0], sides[1:], windows, how, folder, watch)
     except TargetError as error:
         if options["keep"]:
@@ -170,27 +168,6 @@ def _open(teacher: str, students: tuple[str, ...], options: dict[str, Any]) -> t
     return sides, How(device, options["expand"], options["force"], options["worst"]), windows
 
 
-class _Watch:
-    """A bar for each stage on stderr; Ctrl-C is asked for between windows."""
-
-    def __init__(self, bar: CountBar, pressed: Any) -> None:
-        self._bar, self.stopped = bar, pressed
-
-    def stage(self, label: str, total: int, unit: str) -> None:
-        self._bar.start(label, total, unit)
-
-    def advance(self, count: int, note: str = "") -> None:
-        self._bar.advance(count, note)
-
-
-@contextmanager
-def _watching() -> Iterator[_Watch]:
-    from mlxquant.run.interrupt import interruptible
-
-    with interruptible() as pressed, CountBar() as bar:
-        yield _Watch(bar, pressed)
-
-
 def _timed(report: Report, sides: list[Side], how: How) -> Report:
     from mlxquant.measure.timed import with_speed
 
@@ -229,7 +206,7 @@ def _layers(sides: list[Side], windows: Windows, how: How, options: dict[str, An
     from mlxquant.cli.eval_table import show_layers
     from mlxquant.measure.by_tensor import by_tensor
 
-    with _watching() as watch:
+    with watching() as watch:
         whole, rows, total = by_tensor(sides[0], sides[1], windows, how, watch=watch)
     interrupted = len(rows) < total
     if options["as_json"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Self
@@ -109,6 +109,28 @@ class CountBar(_Bar):
         share = f"{self._done / max(1, self._total):.0%}"
         place = share if self._unit == "bytes" else f"{self._done} of {self._total} {self._unit}"
         self._progress.update(self._task, completed=self._done, note=f"{place}  {note}".rstrip())
+
+
+class _Watch:
+    """A bar for each stage; Ctrl-C is asked for between its steps."""
+
+    def __init__(self, bar: CountBar, pressed: Callable[[], bool]) -> None:
+        self._bar, self.stopped = bar, pressed
+
+    def stage(self, label: str, total: int, unit: str) -> None:
+        self._bar.start(label, total, unit)
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._bar.advance(count, note)
+
+
+@contextmanager
+def watching() -> Iterator[_Watch]:
+    """For work that is done in steps and can stop between them (measure/runner.py, Watch)."""
+    from mlxquant.run.interrupt import interruptible
+
+    with interruptible() as pressed, CountBar() as bar:
+        yield _Watch(bar, pressed)
 
 
 # Below this a prompt is read before a bar could be.

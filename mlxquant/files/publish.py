@@ -4,6 +4,7 @@
     OUT.partial/journal     what is finished, with hashes (files/journal.py)
     OUT.partial/model/      what becomes OUT, as it is: a folder by a single rename, files one by one (files/place.py)
     OUT.partial/moving      the names of files that are being moved out of model/
+    OUT.partial/calibration/  hidden states between layers, where codes are chosen by data (calibrate/streams.py)
     OUT.partial/replaced/   with `force`: the old OUT, from just before it is replaced to just after
 
 Nothing is flushed before the end. A killed process loses no write, but a power cut may lose any: so a resumed
@@ -29,7 +30,7 @@ from mlxquant.files.reading import plain_name, shown
 from mlxquant.files.shards import Shard, ShardWriter, check_space
 from mlxquant.files.writing import flush, replace_file, writing
 
-_OWN = {"lock", "journal", "scratch", MODEL, MOVING, REPLACED}  # what OUT.partial may hold
+_OWN = {"lock", "journal", "scratch", "calibration", MODEL, MOVING, REPLACED}  # what OUT.partial may hold
 _SMALL_FILES_BYTES = 64 * 2**20  # room left for tokenizer, config, index and journal
 
 
