@@ -71,7 +71,8 @@ class Written:
         wanted = {k: s[k] for k in ("bits", "group_size", "mode", "recipe")}
         dtype = DTYPES[s["dtype"]].label if s["dtype"] else None
         sets = tuple(f"{pattern}={codec}" for pattern, codec in s["sets"])
-        return settings(**wanted, dtype=dtype, sets=sets, requantize=bool(s.get("requantize", False)))
+        codecs = tuple((name, codec) for name, codec in s.get("codecs", ()))
+        return settings(**wanted, dtype=dtype, sets=sets, requantize=bool(s.get("requantize", False)), codecs=codecs)
 
 
 def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:

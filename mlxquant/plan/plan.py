@@ -90,7 +90,7 @@ class Plan:
         """Plain values for `--json`, the manifest and the digest."""
         return {
             "model_type": self.model_type,
-            "settings": asdict(self.settings) | {"sets": [[p, c.label] for p, c in self.settings.sets]},
+            "settings": self.settings.to_json(),
             "base": self.base.label,
             "dtype": DTYPES[self.dtype].label,
             "parameters": self.size,
@@ -215,14 +215,19 @@ def choose_codecs(
     shape: ModelShape,
     types: Mapping[str, str],
 ) -> dict[str, Codec]:
-    """A codec for each target: `--set` first, then the recipe. What MLX has no quantized module for stays float."""
+    """A codec for each target: by its whole name, by `--set`, then by the recipe. What MLX has no quantized module for
+    stays float.
+    """
     base = settings.base
     position = recipes.layer_position(targets) if settings.recipe in MIXED else 0
+    exact = dict(settings.codecs)
     chosen: dict[str, Codec] = {}
     for target in targets:
         stock = mlx_lm_codec(shape.model_type, target)
         if stock == KEEP:
             chosen[target.name] = KEEP
+        elif target.name in exact:
+            chosen[target.name] = require_fit(target, exact[target.name])
         elif (asked := recipes.matching_set(target.name, settings.sets)) is not None:
             chosen[target.name] = require_fit(target, asked)
         elif settings.recipe == REPACK:
@@ -241,7 +246,7 @@ def choose_codecs(
 def require_fit(target: Target, codec: Codec) -> Codec:
     if not codec.divides(target.shape[-1]):
         raise PlanError(
-            f"{target.name}: --set asks for {codec.label}, but its width {target.shape[-1]} is not a multiple of "
+            f"{target.name}: {codec.label} is asked for, but its width {target.shape[-1]} is not a multiple of "
             f"{codec.group_size}",
             hint="choose a group size that divides the width, or keep",
         )
@@ -249,7 +254,12 @@ def require_fit(target: Target, codec: Codec) -> Codec:
 
 
 def check_sets_used(targets: tuple[Target, ...], settings: Settings, shape: ModelShape) -> None:
-    """A pattern that matches nothing, or nothing that it could change, is a typing error, not a wish."""
+    """A pattern that matches nothing, or nothing that it could change, is a typing error, not a wish. A name that is
+    none is another model's.
+    """
+    names = {t.name for t in targets}
+    if other := [name for name, _ in settings.codecs if name not in names]:
+        raise PlanError(f"a format is given for {other[0]}, which this model has not", hint="was it another model's?")
     for pattern, codec in settings.sets:
         matched = [t for t in targets if recipes.matching_set(t.name, ((pattern, codec),))]
         if not matched:
@@ -267,12 +277,12 @@ def check_bits(tensors: tuple[PlannedTensor, ...], settings: Settings, shape: Mo
     """Lists weights whose width forced another format; raises PlanError where the asked bits were not reached."""
     if settings.recipe == REPACK:
         return []
-    base, remarks, missed = settings.base, [], []
+    base, remarks, missed, exact = settings.base, [], [], {name for name, _ in settings.codecs}
     for t in tensors:
         width = t.target.shape[-1] if t.target.shape else 1
         if base.divides(width) or mlx_lm_codec(shape.model_type, t.target) == KEEP:
             continue
-        if recipes.matching_set(t.name, settings.sets) is not None:
+        if t.name in exact or recipes.matching_set(t.name, settings.sets) is not None:
             continue
         became = t.codec.label if t.codec.quantized else DTYPES[t.dtype].label
         remarks.append(f"{t.name}: width {width} is not a multiple of {base.group_size}: becomes {became}")

@@ -10,7 +10,8 @@ repack      a quantized GGUF file's own blocks in MLX arrays, codes unchanged wh
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from mlxquant.codecs.spec import AFFINE_GROUP_SIZES, KEEP, MODES, MX_MODES, Codec, affine, parse_codec
 from mlxquant.errors import PlanError, UsageError
@@ -28,7 +29,8 @@ SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order. `requantize`:
-    weights that are quantized already may be quantized once more."""
+    weights that are quantized already may be quantized once more. `codecs`: of tensors by their whole name, as a bit
+    budget gives them (budget.py); what they name they decide alone."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -37,6 +39,15 @@ class Settings:
     dtype: str | None = None
     sets: tuple[tuple[str, Codec], ...] = field(default=())
     requantize: bool = False
+    codecs: tuple[tuple[str, Codec], ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, codecs by their labels. `codecs` only where there are any: digests of old plans stay."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sets", "codecs")}
+        pairs = {"sets": [[pattern, codec.label] for pattern, codec in self.sets]}
+        if self.codecs:
+            pairs["codecs"] = [[name, codec.label] for name, codec in self.codecs]
+        return plain | pairs
 
     @property
     def base(self) -> Codec:
@@ -61,6 +72,7 @@ def settings(
     dtype: str | None = None,
     sets: tuple[str, ...] = (),
     requantize: bool = False,
+    codecs: tuple[tuple[str, str], ...] = (),
 ) -> Settings:
     """Settings from the command line's words; every contradiction is a UsageError here."""
     if mode not in MODES or recipe not in RECIPES:
@@ -80,7 +92,8 @@ def settings(
             hint="leave out --bits, --group-size, --mode and --dtype, or choose another recipe",
         )
     code = FLOAT_CODES[dtype] if dtype else None
-    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize)
+    exact = tuple((name, parse_codec(label)) for name, label in codecs)
+    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize, exact)
     _ = made.base  # says now what could not be done
     return made
 

@@ -175,3 +175,19 @@ def test_contradictions_are_usage_errors(wanted):
 @pytest.mark.parametrize(("width", "expected"), [(256, "4g128"), (192, "4g64"), (96, "4g32"), (80, "keep")])
 def test_fit_group(width, expected):
     assert fit_group(affine(4, 128), width).label == expected
+
+
+def test_codecs_by_name_decide_alone(llama):
+    chosen = {"model.layers.0.mlp.down_proj.weight": "8g32", "lm_head.weight": "2g128"}
+    made = plan_for(llama, codecs=tuple(chosen.items()), sets=("down_proj=keep",))
+    found = codecs(made)
+    assert {name: found[name].label for name in chosen} == chosen
+    assert found["model.layers.1.mlp.down_proj.weight"] == KEEP
+    assert made.to_json()["settings"]["codecs"] == [list(pair) for pair in chosen.items()]
+    assert made.digest() != plan_for(llama, sets=("down_proj=keep",)).digest()
+
+
+@pytest.mark.parametrize(("name", "codec"), [("model.layers.7.mlp.down_proj.weight", "4g64"), ("lm_head", "4g64")])
+def test_a_codec_for_a_tensor_that_is_not_there_is_refused(llama, name, codec):
+    with pytest.raises(PlanError, match="which this model has not"):
+        plan_for(llama, codecs=((name, codec),))
