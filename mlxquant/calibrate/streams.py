@@ -49,8 +49,8 @@ class Stream:
         with writing(self.path), self.path.open("wb") as file:
             for part in parts:
                 data = np.ascontiguousarray(part, np.float32)
-                digest.update(data)
-                file.write(data)
+                digest.update(data.data)
+                file.write(data.data)
         return digest.hexdigest()
 
     def intact(self, sha256: str) -> bool:
@@ -59,7 +59,7 @@ class Stream:
             return False
         digest = hashlib.sha256()
         for _, states in self.batches():
-            digest.update(states)
+            digest.update(states.data)
         return digest.hexdigest() == sha256
 
 
