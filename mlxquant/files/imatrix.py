@@ -12,6 +12,8 @@ the bit):
 from __future__ import annotations
 
 import struct
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 from mlxquant.errors import SourceError
 from mlxquant.files.gguf_file import GGUFFile, GGUFTensor
 from mlxquant.files.reading import InputFile, shown
+from mlxquant.files.writing import write_whole
 
 NAME_LIMIT_BYTES = 256  # ggml's own limit is 64
 _TEXT_LIMIT_BYTES = 127  # llama_model_kv_override::val_str
@@ -72,6 +75,14 @@ class Imatrix:
         if self.chunks > 0:
             keys["quantize.imatrix.chunks_count"] = np.uint32(self.chunks)
         return keys
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of one weight: sums of squared inputs (matrices, width), and how many tokens each matrix saw (matrices,)."""
+
+    in_sum2: Array
+    counts: Array
 
 
 def _wanted(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -132,6 +143,40 @@ def _made(path: str, entries: dict[str, Array], datasets: list[str], chunks: int
     if not entries:
         raise SourceError(f"{path}: an importance matrix without entries", hint=_HINT)
     return Imatrix(path, entries, tuple(datasets), chunks)
+
+
+def write_imatrix(
+    path: Path, sums: Mapping[str, Sums], datasets: Sequence[str], chunks: int, chunk_tokens: int
+) -> None:
+    """Writes llama-imatrix's GGUF form whole or not at all: its keys, its order of tensors, its bytes.
+
+    sums: by GGUF name of the weight. datasets: what the text was, one or more. chunks: of `chunk_tokens` tokens each.
+    Raises TargetError.
+    """
+    write_whole(path, imatrix_bytes(sums, datasets, chunks, chunk_tokens))
+
+
+def imatrix_bytes(sums: Mapping[str, Sums], datasets: Sequence[str], chunks: int, chunk_tokens: int) -> bytes:
+    """IMatrixCollector::save_imatrix of llama.cpp's tools/imatrix/imatrix.cpp; counts are floats there, too."""
+    from gguf import GGUFWriter
+
+    with tempfile.TemporaryDirectory(prefix="mlxquant-") as folder:
+        file = Path(folder) / "imatrix.gguf"
+        writer = GGUFWriter(file, "imatrix")
+        writer.kv_data[0].clear()  # of an architecture it has none
+        writer.add_string("general.type", "imatrix")
+        writer.add_array(_KEYS[0], list(datasets))
+        writer.add_uint32(_KEYS[1], chunks)
+        writer.add_uint32(_KEYS[2], chunk_tokens)
+        for name in sorted(sums):
+            for end, values in ((_SUMS, sums[name].in_sum2), (_COUNTS, sums[name].counts[:, None])):
+                values = np.ascontiguousarray(values, np.float32)
+                writer.add_tensor(name + end, values[0] if len(values) == 1 else values)  # as ggml_n_dims counts
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file.read_bytes()
 
 
 class _Legacy:
