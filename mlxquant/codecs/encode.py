@@ -28,13 +28,18 @@ def encode(raw_OI: Array, source_code: str, dtype_code: str, codec: Codec) -> tu
     """
     if not codec.quantized:
         return (cast(raw_OI, source_code, dtype_code),)
+    check_rows(raw_OI, dtype_code, codec)
+    if codec.mode == "affine":
+        return encode_affine(raw_OI, source_code, dtype_code, codec.bits, codec.group_size)
+    return encode_mx(raw_OI, source_code, dtype_code, codec.mode)
+
+
+def check_rows(raw_OI: Array, dtype_code: str, codec: Codec) -> None:
+    """ValueError for rows or a dtype that a quantizing codec does not take: a mistake of ours, not of the user."""
     if raw_OI.ndim != 2 or not codec.divides(raw_OI.shape[1]):
         raise ValueError(f"{codec.label} takes rows of whole groups of {codec.group_size}, not {raw_OI.shape}")
     if dtype_code not in KINDS:
         raise ValueError(f"{dtype_code} is no dtype MLX quantizes from: expected one of {tuple(KINDS)}")
-    if codec.mode == "affine":
-        return encode_affine(raw_OI, source_code, dtype_code, codec.bits, codec.group_size)
-    return encode_mx(raw_OI, source_code, dtype_code, codec.mode)
 
 
 def decode(parts: tuple[Array, ...], dtype_code: str, codec: Codec) -> Array:
