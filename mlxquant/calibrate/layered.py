@@ -110,15 +110,27 @@ class Layered:
         """The same from rows that are at hand already; places_BL: the row of each token."""
         import mlx.core as mx
 
-        path = self._inner(self.embedding().name)
-        model = put(self._whole, path, mx.array(table_UH))
+        parts = [self.entering(places_L[None], mx.array(table_UH)) for places_L in places_BL]
+        return np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
+
+    def entering(self, places_BL: Array, table_UH: Any) -> Any:
+        """The same as an mlx array that is not evaluated: what gradients are taken of."""
+        import mlx.core as mx
+
+        model = put(self._whole, self._inner(self.embedding().name), table_UH)
         entry = _Stop(model[self._trunk][self._list][0])
-        model = put(model, [self._trunk, self._list, "0"], entry)
-        parts = []
-        for places_L in places_BL:
-            _reach(model, mx.array(places_L[None].astype(np.int32)))
-            parts.append(np.array(entry.seen.astype(mx.float32)))
-        return np.concatenate(parts)
+        _reach(put(model, [self._trunk, self._list, "0"], entry), mx.array(places_BL.astype(np.int32)))
+        return entry.seen
+
+    def head(self) -> PlannedTensor:
+        """What makes logits; where it is tied, the embedding."""
+        return next((t for t in self.outside() if t.role == Role.HEAD), None) or self.embedding()
+
+    def logits(self, hidden_BLH: Any, wrap: Callable[[Any], Any]) -> Any:
+        """An mlx array that is not evaluated, given what left the last layer. wrap(module) stands for the head."""
+        path = self._inner(self.head().name)[:-1]
+        model = self._passing(self.count, hidden_BLH)
+        return put(model, path, wrap(_at(model, path)))(_no_tokens(hidden_BLH))
 
     def finish(self, hidden_BLH: Any) -> Any:
         """What leaves the trunk, behind its last norm, given what left the last layer: an mlx array."""
@@ -179,6 +191,12 @@ class Layer:
         heard = ears[stage[0]].heard
         mx.eval(heard.x_NI)
         return heard
+
+    def heard(self, hidden_BLH: Any) -> tuple[dict[str, Inputs], Array]:
+        """What enters every stage, by the stage's first name, and what leaves the layer: all of one run."""
+        ears, module = self._ears([stage[0] for stage in self.stages])
+        out = self.call(module, hidden_BLH)
+        return {name: ear.heard for name, ear in ears.items()}, np.array(out)
 
     def module(self, wrap: Callable[[str, Any], Any]) -> Any:
         """A copy in which wrap(weight's name, linear layer) stands for each linear layer."""
