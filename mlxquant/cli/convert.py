@@ -14,7 +14,7 @@ from mlxquant.cli.sections import SectionCommand, SectionOption, given
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
 from mlxquant.plan.gguf_types import FILE_TYPES
-from mlxquant.plan.recipe import RECIPES
+from mlxquant.plan.recipe import METHODS, RECIPES
 from mlxquant.tensors import FLOAT_CODES
 
 MLX, GGUF = "For an MLX folder", "For a GGUF file"
@@ -60,6 +60,14 @@ MLX, GGUF = "For an MLX folder", "For a GGUF file"
     type=click.Choice(RECIPES),
     help="Who gets more bits. uniform and mixed_* write what stock mlx_lm.convert writes; repack keeps a GGUF file's "
     "own codes.  [default: balanced; repack for a quantized .gguf without other format options]",
+)
+@click.option(
+    "--method",
+    cls=SectionOption,
+    section=MLX,
+    type=click.Choice(METHODS),
+    help="Who chooses codes, scales and biases. rtn: the range of each group, rounding to nearest, as mlx_lm.convert; "
+    "search: least squared error, in the same arrays.  [default: rtn]",
 )
 @click.option(
     "--dtype",

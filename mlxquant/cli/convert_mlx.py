@@ -54,6 +54,7 @@ def mlx_settings(options: Mapping[str, Any], quantized: Mapping[str, str], forma
         dtype=options["dtype"],
         sets=options["sets"],
         requantize=options["allow_requantize"],
+        method=options["method"],
     )
 
 

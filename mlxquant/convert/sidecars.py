@@ -146,6 +146,7 @@ def config_json(config: dict[str, Any], ends: Ends, plan: Plan, origin: dict[str
     made["mlxquant"] = {
         "version": __version__,
         "recipe": plan.settings.recipe,
+        "method": plan.settings.method,
         "bits": plan.base.bits,
         "group_size": plan.base.group_size,
         "mode": plan.base.mode,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,16 +12,18 @@ import numpy as np
 
 from mlxquant.codecs.encode import encode
 from mlxquant.codecs.floats import NonFiniteError, widen
+from mlxquant.codecs.spec import Codec
 from mlxquant.convert.gather import chunks, refuse_shifted_norms, rows
 from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.convert.streaming import Line, Progress, Silent, line
 from mlxquant.convert.taken_over import HasBlocks, block_rows, repack_named, row_bytes
-from mlxquant.errors import SourceError
+from mlxquant.errors import SourceError, UsageError
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
 from mlxquant.plan.plan import Plan, PlannedTensor
+from mlxquant.plan.recipe import RTN, SEARCH
 from mlxquant.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
@@ -43,8 +45,10 @@ def to_mlx(
 
     Peak memory is a few row chunks, whatever the model's size. Killed at any point, the next call goes on from the
     journal and ends in the same bytes. `small`: small_files(source, plan), where the caller has it already. Raises
-    SourceError (bytes missing, NaN) and TargetError (see Workspace).
+    SourceError (bytes missing, NaN), TargetError (see Workspace) and UsageError for a method that needs calibration.
     """
+    method = plan.settings.method
+    encoder_of(method)
     watch = progress or Silent()
     small = small_files(source, plan) if small is None else small
     refuse_shifted_norms(source, (t.target for t in plan.tensors))
@@ -58,7 +62,7 @@ def to_mlx(
         total = sum(map(source_bytes, plan.tensors))
         watch.start(total, total - sum(map(source_bytes, todo)))
         for tensor in todo:
-            stream(source, tensor, work, watch, threads)
+            stream(source, tensor, work, watch, threads, method)
         write_small_files(source, plan, work, {**small, INDEX: index_json(shards, plan.size)})
         work.publish()
     return out
@@ -71,8 +75,10 @@ def source_bytes(tensor: PlannedTensor) -> int:
     return tensor.size * DTYPES[tensor.target.dtype].itemsize
 
 
-def stream(source: OpenSource, tensor: PlannedTensor, work: Workspace, watch: Progress, threads: Line) -> None:
-    """Encodes one tensor chunk by chunk."""
+def stream(
+    source: OpenSource, tensor: PlannedTensor, work: Workspace, watch: Progress, threads: Line, method: str = RTN
+) -> None:
+    """Encodes one tensor chunk by chunk. method: rtn or search."""
     parts = [part.name for part in tensor.parts]
 
     def put(arrays: tuple[Array, ...]) -> None:
@@ -82,17 +88,31 @@ def stream(source: OpenSource, tensor: PlannedTensor, work: Workspace, watch: Pr
     if tensor.repack:  # only plans for a GGUF file take blocks over, so its source has them
         read, make = partial(block_rows, cast(HasBlocks, source), tensor), partial(repack_named, tensor)
     else:
-        read, make = partial(rows, source, tensor.target), partial(encode_named, tensor)
+        read, make = partial(rows, source, tensor.target), partial(encode_named, tensor, method=method)
     threads.run(list(chunks(tensor.target)), read, make, put, watch)
     work.finish(tensor.name, parts)
 
 
-def encode_named(tensor: PlannedTensor, raw: Array, start: int) -> tuple[Array, ...]:
-    """encode(), with the tensor's name added to what it complains of. What is no float is stored as it is."""
+def encoder_of(method: str) -> Callable[[Array, str, str, Codec], tuple[Array, ...]]:
+    """encode() or search(): raw rows, source code, dtype code, codec -> parts. Raises UsageError for other methods."""
+    if method == RTN:
+        return encode
+    if method != SEARCH:
+        raise UsageError(
+            f"--method {method} chooses codes by calibration text, not row by row",
+            hint=f"--method {SEARCH} needs no text",
+        )
+    from mlxquant.codecs.search import search  # compiles loops that rtn does without
+
+    return search
+
+
+def encode_named(tensor: PlannedTensor, raw: Array, start: int, *, method: str = RTN) -> tuple[Array, ...]:
+    """encode() or search(), with the tensor's name added to what it complains of. What is no float stays as it is."""
     if not DTYPES[tensor.target.dtype].floating:
         return (raw,)
     try:
-        arrays = encode(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
+        arrays = encoder_of(method)(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
         if not tensor.codec.quantized:
             check_finite(arrays[0], tensor.dtype)
         return arrays

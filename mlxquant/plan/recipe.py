@@ -23,6 +23,11 @@ from mlxquant.tensors import FLOAT_CODES
 MIXED = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 REPACK = "repack"
 RECIPES = ("balanced", "uniform", *MIXED, REPACK)
+# Who chooses the codes. rtn: nearest to a scale by minimum and maximum, mlx-lm's bytes. search: scale and bias of least
+# squared error, codecs/search.py. The others need calibration text.
+RTN, SEARCH = "rtn", "search"
+METHODS = (RTN, SEARCH, "awq", "gptq", "best")
+SEARCHED_MODES = ("affine", "mxfp4")
 SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
 
 
@@ -30,7 +35,7 @@ SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
 class Settings:
     """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order. `requantize`:
     weights that are quantized already may be quantized once more. `codecs`: of tensors by their whole name, as a bit
-    budget gives them (budget.py); what they name they decide alone."""
+    budget gives them (budget.py); what they name they decide alone. `method`: one of METHODS."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -40,14 +45,17 @@ class Settings:
     sets: tuple[tuple[str, Codec], ...] = field(default=())
     requantize: bool = False
     codecs: tuple[tuple[str, Codec], ...] = field(default=())
+    method: str = RTN
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, codecs by their labels. `codecs` only where there are any: digests of old plans stay."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sets", "codecs")}
+        """Plain values, codecs by their labels. `codecs` only where there are any and `method` where it is not rtn:
+        digests of old plans stay.
+        """
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sets", "codecs", "method")}
         pairs = {"sets": [[pattern, codec.label] for pattern, codec in self.sets]}
         if self.codecs:
             pairs["codecs"] = [[name, codec.label] for name, codec in self.codecs]
-        return plain | pairs
+        return plain | pairs | ({} if self.method == RTN else {"method": self.method})
 
     @property
     def base(self) -> Codec:
@@ -73,6 +81,7 @@ def settings(
     sets: tuple[str, ...] = (),
     requantize: bool = False,
     codecs: tuple[tuple[str, str], ...] = (),
+    method: str | None = None,
 ) -> Settings:
     """Settings from the command line's words; every contradiction is a UsageError here."""
     if mode not in MODES or recipe not in RECIPES:
@@ -93,9 +102,25 @@ def settings(
         )
     code = FLOAT_CODES[dtype] if dtype else None
     exact = tuple((name, parse_codec(label)) for name, label in codecs)
-    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize, exact)
+    chosen = _method(method, recipe, mode)
+    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize, exact, chosen)
     _ = made.base  # says now what could not be done
     return made
+
+
+def _method(method: str | None, recipe: str, mode: str) -> str:
+    """uniform and the mixed recipes promise mlx-lm's bytes, so nothing but rtn unasked."""
+    if method is None:
+        return RTN
+    if method not in METHODS:
+        raise UsageError(f"--method {method!r} is unknown", hint=f"one of {METHODS}")
+    if recipe == REPACK and method != RTN:
+        raise UsageError(f"--recipe repack keeps the file's own codes, and --method {method} chooses others")
+    if mode not in SEARCHED_MODES and method != RTN:
+        raise UsageError(
+            f"--method {method} knows {' and '.join(SEARCHED_MODES)}, not {mode}", hint="leave --method out"
+        )
+    return method
 
 
 def _parse_set(text: str) -> tuple[str, Codec]:
