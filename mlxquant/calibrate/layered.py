@@ -175,8 +175,15 @@ class Layer:
         """Gives a weight other values."""
         import mlx.core as mx
 
-        path = name.removeprefix(self._model.prefix(self.number)).split(".")
-        self._module = put(self._module, path, mx.array(values_OI))
+        self._module = put(self._module, self.path(name), mx.array(values_OI))
+
+    def get(self, name: str) -> Any:
+        """A weight's values: an mlx array in its own shape."""
+        return _at(self._module, self.path(name))
+
+    def path(self, name: str) -> list[str]:
+        """Where a weight stands in the layer."""
+        return name.removeprefix(self._model.prefix(self.number)).split(".")
 
     def run(self, hidden_BLH: Any) -> Array:
         """What leaves the layer, float32."""
