@@ -39,7 +39,8 @@ def calibration(
     if spec == SELF:
         if generate is None:
             raise UsageError("--calibration self: there is no model to sample from", hint="use builtin, or name a file")
-        return made(generate(samples, sequence_length, seed), f"the model's own text, sampled with seed {seed}")
+        tokens_BL = generate(samples, sequence_length, seed)
+        return made(tokens_BL, f"the model's own text: {samples} samples of {sequence_length} tokens, seed {seed}")
     corpus = load_corpus(spec)
     start = begins_with(text)
     ids = np.array(start + encode(text, corpus.text.removesuffix("\n")), np.int32)
@@ -47,7 +48,7 @@ def calibration(
     tokens_BL = ids[places[:, None] + np.arange(sequence_length)]
     if start:
         tokens_BL[:, 0] = start[0]
-    return made(tokens_BL, f"{samples} samples of {sequence_length} tokens from {corpus.label}, seed {seed}")
+    return made(tokens_BL, f"{corpus.label}: {samples} samples of {sequence_length} tokens, seed {seed}")
 
 
 def made(tokens_BL: Array, label: str) -> Samples:

@@ -67,7 +67,7 @@ def test_the_same_seed_makes_the_same_samples(plain: Text, numbers: str) -> None
     np.testing.assert_array_equal(one.tokens_BL, same.tokens_BL)
     assert one.sha256 == same.sha256 != other.sha256
     assert one.sha256 == hashlib.sha256(one.tokens_BL.astype("<i4").tobytes()).hexdigest()
-    assert "4 samples of 32 tokens from numbers.txt" in one.label
+    assert one.label == "numbers.txt: 4 samples of 32 tokens, seed 0"
 
 
 def test_a_text_that_just_suffices_is_used_whole(plain: Text, tmp_path: Path) -> None:
