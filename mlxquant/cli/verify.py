@@ -117,14 +117,17 @@ def logits(source: Path, out: Path) -> tuple[str, bool, str]:
     """
     from mlxquant.convert.checks import open_written
     from mlxquant.errors import MemoryBudgetError
-    from mlxquant.measure.agree import LIMIT_NATS, agreement
+    from mlxquant.measure.agree import LIMIT_NATS, LIMIT_TIMES, agreement
     from mlxquant.run.device import prepare
 
     try:
-        found = agreement(source, out, prepare(), open_written(out).stored)
+        written = open_written(out)
+        found = agreement(source, out, prepare(), written.stored, written.promise)
     except MemoryBudgetError as error:
         return "logits", True, f"skipped: {error.message}"
     drift = f"KL divergence {found.drift_nats:.1e} nats from the source rounded alike (limit {LIMIT_NATS})"
+    if found.calibrated:
+        drift = f"KL divergence of plain rounding {found.rounding_nats:.4f} nats (limit {LIMIT_TIMES} times that)"
     cost = f"{found.kl_nats:.4f} from the source itself over {found.tokens} tokens, same best token {found.top1:.0%}"
     coarse = "; too coarse for this model: use more bits" if found.top1 < COARSE_TOP1 else ""
     return "logits", found.ok, f"{drift}; {cost}{coarse}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from mlxquant.codecs.encode import decode, error_bound
-from mlxquant.codecs.floats import cast, fold, widen
+from mlxquant import __version__
+from mlxquant.codecs.floats import widen
 from mlxquant.codecs.spec import KEEP, Codec, parse_codec
 from mlxquant.convert import sidecars
-from mlxquant.convert.gather import chunks, rows
+from mlxquant.convert.gather import rows
 from mlxquant.convert.manifest import NAME, sha256
 from mlxquant.convert.sources import OpenSource
-from mlxquant.convert.taken_over import HasBlocks, block_rows, repack_named
+from mlxquant.convert.weight_checks import Promise, compare_weights
 from mlxquant.errors import MlxquantError, SourceError
 from mlxquant.families.roles import Role
 from mlxquant.files.hf_folder import HFFolder
 from mlxquant.files.reading import one_line, plain_name, read_json_object, shown
-from mlxquant.plan.plan import Plan, PlannedTensor, make_plan
-from mlxquant.plan.recipe import Settings, settings
+from mlxquant.plan.plan import Plan, make_plan
+from mlxquant.plan.recipe import RTN, SEARCH, Settings, settings
 from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
 
 LABELS = {d.label: d.code for d in DTYPES.values()}
 READ_BYTES = 8 * 2**20
-COMPARE_BYTES = 2**19  # of source: a comparison makes several float arrays of it, which then stay in the cache
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,19 @@ class Written:
         dtype = DTYPES[s["dtype"]].label if s["dtype"] else None
         sets = tuple(f"{pattern}={codec}" for pattern, codec in s["sets"])
         codecs = tuple((name, codec) for name, codec in s.get("codecs", ()))
-        return settings(**wanted, dtype=dtype, sets=sets, requantize=bool(s.get("requantize", False)), codecs=codecs)
+        method = s.get("method", RTN)
+        again = bool(s.get("requantize", False))
+        return settings(**wanted, dtype=dtype, sets=sets, requantize=again, codecs=codecs, method=method)
+
+    @property
+    def promise(self) -> Promise:
+        """How codes were chosen, and so how near they must be."""
+        method, calibration = self.settings.method, self.manifest.get("calibration")
+        searched_here = self.manifest["mlxquant"] == __version__
+        if calibration is None and method in (RTN, SEARCH):
+            return Promise(method, searched_here=searched_here)
+        transforms = tuple(map(str, (calibration or {}).get("transforms", ())))
+        return Promise(method, True, transforms, searched_here)
 
 
 def parts_of(tensor: dict[str, Any]) -> tuple[TensorSpec, ...]:
@@ -103,8 +113,15 @@ def check_manifest(written: Written) -> None:
     """Reads once all that the checks rely on, so that whatever is wrong with a manifest comes out here; names too,
     for they are opened and printed. Raises all sorts of errors."""
     manifest = written.manifest
-    _ = written.settings, manifest["plan_sha256"], manifest["tensors"].items(), manifest["files"].items()
+    _ = (
+        written.settings,
+        written.promise,
+        manifest["plan_sha256"],
+        manifest["tensors"].items(),
+        manifest["files"].items(),
+    )
     names = [*written.planned, *written.codecs, *(t["role"] for t in manifest["plan"]["tensors"])]
+    names += written.promise.transforms
     if wrong := [name for name in names if not name.isprintable()]:
         raise ValueError(f"{shown(wrong[0])} is no name")
     if wrong := [name for name in manifest["files"] if not all(map(plain_name, name.split("/")))]:
@@ -133,7 +150,8 @@ def check_folder(
     )
     if same and specs.ok:
         yield check_weights(written, source, plan, advance)
-        yield check_norms(written, (source, plan))
+        # A transform may fold norms into what reads them.
+        yield check_norms(written, None if written.promise.transforms else (source, plan))
 
 
 def check_specs(written: Written) -> Check:
@@ -237,64 +255,9 @@ def check_eos(written: Written) -> Check:
 
 
 def check_weights(written: Written, source: OpenSource, plan: Plan, advance: Callable[[int], None] | None) -> Check:
-    """Each stored tensor against the source: kept ones equal bit for bit, quantized ones within the format's bound."""
-    worst, worst_name = 0.0, ""
-    for tensor in plan.tensors:
-        nmse, complaint = compare(written.folder, source, tensor, advance)
-        if complaint:
-            return Check("weights", False, f"{tensor.name}: {complaint}")
-        if nmse > worst:
-            worst, worst_name = nmse, tensor.name
-    said = f"worst NMSE {worst:.2e} ({worst_name})" if worst_name else "all of them equal"
-    return Check("weights", True, f"{len(plan.tensors)} tensors within their bounds; {said}")
-
-
-def compare(
-    folder: HFFolder, source: OpenSource, tensor: PlannedTensor, advance: Callable[[int], None] | None
-) -> tuple[float, str | None]:
-    """(NMSE, complaint or None) of one tensor; the NMSE's own bound follows from the per-group one that is asserted.
-    Blocks that were taken over are taken over again: that gives the same arrays or the folder is not what it says.
-    """
-    if tensor.repack:
-        return 0.0, compare_repacked(folder, typing.cast(HasBlocks, source), tensor, advance)
-    squared_error = squared = 0.0
-    for start, stop in chunks(tensor.target, COMPARE_BYTES):
-        raw = rows(source, tensor.target, start, stop)
-        stored = tuple(_stored_rows(folder, part, start, stop) for part in tensor.parts)
-        if advance:
-            advance(sum(a.nbytes for a in stored))
-        if not tensor.codec.quantized:
-            if not np.array_equal(stored[0].reshape(-1), cast(raw, tensor.target.dtype, tensor.dtype).reshape(-1)):
-                return 1.0, f"rows {start}..{stop} differ from the source"
-            continue
-        w_OI = widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
-        error_OI = np.abs(w_OI - decode(stored, tensor.dtype, tensor.codec))
-        bound_OG = error_bound(w_OI, tensor.dtype, tensor.codec)
-        over = ~(fold(np.maximum, error_OI.reshape(*bound_OG.shape, -1)) <= bound_OG)  # NaN is over, too
-        if over.any():
-            row = start + int(np.argwhere(over)[0][0])
-            return 1.0, f"row {row} is further from the source than {tensor.codec.label} allows"
-        squared_error += float(np.square(error_OI, dtype=np.float64).sum())
-        squared += float(np.square(w_OI, dtype=np.float64).sum())
-    return (squared_error / squared if squared else 0.0), None
-
-
-def compare_repacked(
-    folder: HFFolder, source: HasBlocks, tensor: PlannedTensor, advance: Callable[[int], None] | None
-) -> str | None:
-    for start, stop in chunks(tensor.target, COMPARE_BYTES):
-        stored = [_stored_rows(folder, part, start, stop) for part in tensor.parts]
-        if advance:
-            advance(sum(a.nbytes for a in stored))
-        made = repack_named(tensor, block_rows(source, tensor, start, stop), start)
-        if not all(np.array_equal(a, b, equal_nan=False) for a, b in zip(made, stored, strict=True)):
-            return f"rows {start}..{stop} are not the source's {tensor.repack} blocks"
-    return None
-
-
-def _stored_rows(folder: HFFolder, part: TensorSpec, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """The same row range in a stored part: codecs keep rows as rows. A reshaped kept tensor is read whole."""
-    return folder.read_rows(part.name, start, min(stop, part.rows))
+    """Each stored tensor against the source, by what its way of choosing codes promises: weight_checks.py."""
+    ok, detail = compare_weights(written.folder, source, plan, written.promise, advance)
+    return Check("weights", ok, detail)
 
 
 def check_norms(written: Written, against: tuple[OpenSource, Plan] | None) -> Check:

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from mlxquant.codecs.spec import Codec
+from mlxquant.convert.weight_checks import Promise
+from mlxquant.plan.recipe import SEARCH
 from mlxquant.run.device import Device
 from mlxquant.run.expand import expand_weights
 from mlxquant.run.model import LoadedModel, evaluate
 from mlxquant.run.ready import make_ready
 from mlxquant.run.text import Text
+from mlxquant.tensors import FLOAT_CODES
 
 Array = np.ndarray[Any, Any]
 
@@ -29,6 +32,9 @@ PROMPT = (
 # cost 10. With the rounding on both sides an honest output is at 0 at any width, and the smallest fault tried (gate
 # and up swapped in one of 30 layers) at 0.13.
 LIMIT_NATS = 0.005
+# Codes that were chosen by calibration text cannot be chosen anew here. They may be at most so many times as far from
+# the source as plain rounding to the same formats, on a prompt that they were not chosen for.
+LIMIT_TIMES = 1.5
 
 # name of a weight -> (dtype of what stays float, codec)
 Stored = Mapping[str, tuple[str, Codec]]
@@ -38,41 +44,54 @@ Stored = Mapping[str, tuple[str, Codec]]
 class Agreement:
     """kl_nats: mean KL(source || output) over the prompt's positions. top1: share of them with the same best token.
 
-    drift_nats: mean KL(rounded source || output), where stock MLX has rounded the source's weights as the output's
-    were: 0 but for the order of additions, unless layout, config or weights are wrong.
+    drift_nats: mean KL(rounded source || output), where the source's weights are rounded as the output's were: 0 but
+    for the order of additions, unless layout, config or weights are wrong, or text chose the output's codes.
+    rounding_nats: mean KL(source || rounded source).
     """
 
     kl_nats: float
     drift_nats: float
+    rounding_nats: float
     top1: float
     tokens: int
     finite: bool
+    calibrated: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.finite and self.drift_nats <= LIMIT_NATS
+        limit = LIMIT_TIMES * self.rounding_nats + LIMIT_NATS
+        return self.finite and (self.kl_nats <= limit if self.calibrated else self.drift_nats <= LIMIT_NATS)
 
 
-def agreement(source: Path, output: Path, device: Device, stored: Stored, prompt: str = PROMPT) -> Agreement:
+def agreement(
+    source: Path, output: Path, device: Device, stored: Stored, promise: Promise | None = None, prompt: str = PROMPT
+) -> Agreement:
     """Runs the prompt through both models, one after the other so that only one is in memory.
 
-    `stored`: how the output holds each weight. Raises MemoryBudgetError, before any weight is read, when one of them
-    does not fit the machine.
+    `stored`: how the output holds each weight; `promise`: how its codes were chosen, rtn unless said. Raises
+    MemoryBudgetError, before any weight is read, when one of them does not fit the machine.
     """
+    promise = promise or Promise()
     tokens = Text.load(output).encode(prompt)
-    p_LV, rounded_LV = both(source, tokens, device, stored)
+    p_LV, rounded_LV = both(source, tokens, device, stored, promise)
     q_LV = log_probabilities(load(output, tokens, device).model, tokens)
     same = p_LV.argmax(-1) == q_LV.argmax(-1)
     return Agreement(
-        kl(p_LV, q_LV), kl(rounded_LV, q_LV), float(same.mean()), len(tokens), bool(np.isfinite(q_LV).all())
+        kl(p_LV, q_LV),
+        kl(rounded_LV, q_LV),
+        kl(p_LV, rounded_LV),
+        float(same.mean()),
+        len(tokens),
+        bool(np.isfinite(q_LV).all()),
+        promise.calibrated,
     )
 
 
-def both(source: Path, tokens: list[int], device: Device, stored: Stored) -> tuple[Array, Array]:
+def both(source: Path, tokens: list[int], device: Device, stored: Stored, promise: Promise) -> tuple[Array, Array]:
     """The source's log-probabilities as it is, and with its weights rounded."""
     loaded = load(source, tokens, device)
     p_LV = log_probabilities(loaded.model, tokens)
-    round_weights(loaded, stored)
+    round_weights(loaded, stored, searched=promise.method == SEARCH and not promise.calibrated)
     return p_LV, log_probabilities(loaded.model, tokens)
 
 
@@ -83,8 +102,9 @@ def load(path: Path, tokens: list[int], device: Device) -> LoadedModel:
     return make_ready(path, device, Text.load(path), context_tokens=len(tokens)).loaded
 
 
-def round_weights(loaded: LoadedModel, stored: Stored) -> None:
-    """Stock MLX's own rounding, so that ours is not its own judge; on the CPU, where the two are bit-identical.
+def round_weights(loaded: LoadedModel, stored: Stored, *, searched: bool) -> None:
+    """Stock MLX's own rounding, so that ours is not its own judge; on the CPU, where the two are bit-identical. MLX has
+    none for what was searched, so that is searched anew.
 
     One weight at a time, and codes before they are expanded, so that it takes no more memory than loading the output.
     """
@@ -101,12 +121,33 @@ def round_weights(loaded: LoadedModel, stored: Stored) -> None:
     arrays.clear()
     mx.clear_cache()
     codecs = {name.removesuffix(".weight"): codec for name, (_, codec) in stored.items() if codec.quantized}
+    found = search_weights(dict(tree_flatten(model.parameters())), stored) if searched else []
     with mx.stream(mx.cpu):
         nn.quantize(model, class_predicate=lambda path, _: codecs[path].mlx_config() if path in codecs else False)
+    model.load_weights(found, strict=False)
     evaluate(model)
     if loaded.expanded:
         expand_weights(model)
         evaluate(model)
+
+
+def search_weights(arrays: Mapping[str, Any], stored: Stored) -> list[tuple[str, Any]]:
+    """Stored tensors by name, of the weights that have codes."""
+    import mlx.core as mx
+
+    from mlxquant.codecs.search import search
+
+    found: list[tuple[str, Any]] = []
+    for name in sorted(arrays.keys() & stored.keys()):
+        label, codec = stored[name]
+        if codec.quantized:
+            array, dtype = arrays[name], FLOAT_CODES[label]
+            raw = np.array(array.view(mx.uint16) if dtype == "BF16" else array)
+            parts = search(raw.reshape(-1, raw.shape[-1]), dtype, dtype, codec)
+            for spec, part in zip(codec.parts(name, raw.shape, dtype), parts, strict=True):
+                made = mx.array(part.reshape(spec.shape))
+                found.append((spec.name, made.view(mx.bfloat16) if spec.dtype == "BF16" else made))
+    return found
 
 
 def log_probabilities(model: Any, tokens: list[int]) -> Array:

@@ -239,3 +239,90 @@ def test_a_norm_of_another_shape_and_one_that_is_gone(out, source):
 def test_a_folder_of_others(source):
     with pytest.raises(SourceError, match="not written by mlxquant"):
         list(check_folder(source, None))
+
+
+@pytest.fixture(scope="module")
+def searched(source, tmp_path_factory):
+    opened = open_source(source)
+    plan = make_plan(opened.config, opened.specs, settings(bits=3, group_size=32, method="search"))
+    return to_mlx(opened, plan, tmp_path_factory.mktemp("searched") / "model")
+
+
+def details(out: Path, source: Path) -> dict[str, str]:
+    return {c.name: c.detail for c in check_folder(out, open_source(source))}
+
+
+NUDGED = "model.layers.0.mlp.down_proj.weight"
+
+
+def nudge(arrays) -> None:
+    """One code by one: within any bound of single weights."""
+    arrays[NUDGED][3, 0] ^= 1
+
+
+def test_what_search_wrote_passes_and_is_no_rtn(searched, converted, source):
+    assert failures(searched, source) == {}
+    assert "as search finds them" in details(searched, source)["weights"]
+    manifest = json.loads((searched / "mlxquant.json").read_text())
+    assert manifest["plan"]["settings"]["method"] == "search"
+    assert json.loads((searched / "config.json").read_text())["mlxquant"]["method"] == "search"
+    assert "method" not in json.loads((converted / "mlxquant.json").read_text())["plan"]["settings"]
+
+
+def test_a_code_that_search_did_not_choose(searched, source, tmp_path):
+    out = Path(shutil.copytree(searched, tmp_path / "copy"))
+    rewrite(out, nudge)
+    assert f"{NUDGED}: row 3 is not what search finds" in failures(out, source)["weights"]
+
+
+def test_another_versions_search_is_held_against_rtn(searched, source, tmp_path):
+    out = Path(shutil.copytree(searched, tmp_path / "copy"))
+    edit_json(out / "mlxquant.json", lambda m: m.update(mlxquant="0.0.1"))
+    assert failures(out, source) == {}
+    assert "no further from the source than rtn's" in details(out, source)["weights"]
+
+    def scale_up(arrays):
+        arrays["model.layers.0.mlp.down_proj.scales"][3, 0] *= 1.5
+
+    rewrite(out, scale_up)
+    assert f"{NUDGED}: row 3 is further from the source than rtn's" in failures(out, source)["weights"]
+
+
+def calibrate(out: Path, **calibration) -> None:
+    """As the manifest of a folder is whose codes were chosen by text; the codes here are the search's."""
+    edit_json(out / "mlxquant.json", lambda m: m.update(calibration=calibration))
+
+
+def test_calibrated_codes_are_bounded_by_tensor_only(searched, source, tmp_path):
+    out = Path(shutil.copytree(searched, tmp_path / "copy"))
+    rewrite(out, nudge)
+    calibrate(out)
+    assert failures(out, source) == {}
+    assert "no closer bound" in details(out, source)["weights"]
+
+    def swap(arrays):
+        for part in ("weight", "scales", "biases"):
+            gate, up = (f"model.layers.0.mlp.{n}_proj.{part}" for n in ("gate", "up"))
+            arrays[gate], arrays[up] = arrays[up], arrays[gate]
+
+    rewrite(out, swap)
+    assert "proj.weight: its squared error is" in failures(out, source)["weights"]
+
+
+def test_transformed_weights_are_not_compared_and_that_is_said(searched, source, tmp_path):
+    out = Path(shutil.copytree(searched, tmp_path / "copy"))
+    rewrite(out, lambda a: a.update({"model.norm.weight": a["model.norm.weight"] * 2}))
+    assert "norms" in failures(out, source)
+    calibrate(out, transforms=["rotate"])
+    assert failures(out, source) == {}
+    assert "not compared: weights were transformed before (rotate)" in details(out, source)["weights"]
+
+
+@pytest.mark.parametrize(
+    "lie", [{"calibration": 3}, {"calibration": {"transforms": 3}}, {"calibration": {"transforms": ["\x1b[2J"]}}]
+)
+def test_a_calibration_of_lies_is_one_line(out, source, lie):
+    edit_json(out / "mlxquant.json", lambda m: m.update(lie))
+    with pytest.raises(SourceError, match="not a manifest") as caught:
+        list(check_folder(out, open_source(source)))
+    assert caught.value.message.isprintable()

@@ -110,3 +110,22 @@ def test_verify_json(pair):
     checks = {c["name"]: c["ok"] for c in json.loads(result.out)["checks"]}
     assert checks["logits"] is True
     assert all(checks.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "options"),
+    [
+        ("llama", "float32", ["--bits", "2", "--group-size", "32", "--dtype", "bfloat16"]),
+        ("llama", "float16", ["--mode", "mxfp4"]),
+        ("qwen3_moe", "bfloat16", ["--bits", "3", "--set", "down_proj=keep"]),
+    ],
+)
+def test_searched_codes_are_searched_anew(family, dtype, options, tmp_path):
+    source = make(tmp_path / "source", family, dtype=dtype)
+    assert mlxquant("convert", source, "-o", tmp_path / "out", "--method", "search", *options).code == 0
+    written = open_written(tmp_path / "out")
+    found = agreement(source, tmp_path / "out", prepare("cpu"), written.stored, written.promise)
+    assert found.drift_nats < 1e-6
+    assert found.ok
+    assert not agree(source, tmp_path / "out").ok, "as if by rtn"
+    assert mlxquant("verify", tmp_path / "out", "--source", source).code == 0
