@@ -79,24 +79,28 @@ def _of_product(p: Product) -> Feed:
     return Feed(p.name, (p.down,), shape, p.start)
 
 
+def stored_factor(weights: Mapping[str, Array], feed: Feed, factor: Array, dtype_code: str) -> Array:
+    """float64: the factor that `fold` uses when it is asked for this one."""
+    kept = _kept(weights, feed)
+    return _divided(*kept, np.asarray(factor, np.float64), dtype_code)[1] if kept else np.asarray(factor, np.float64)
+
+
 def fold(
     weights: Mapping[str, Array], feed: Feed, factor: Array, dtype_code: str = "F32"
 ) -> tuple[dict[str, Array], Array]:
-    """The layer's weights with a factor (feed.shape, > 0) folded in, and the factor that was used.
+    """The layer's weights with a factor (feed.shape, > 0) folded in, and the factor that was used, float64.
 
     A norm's weight, and a bias, are stored as dtype_code rounds them. So the rounded one is taken, and the factor by
     which it really became smaller: the product stays what it was. (A LayerNorm has both, and its bias is rounded.)
     Channels that this rounds to nothing keep the factor 1.
     """
-    stop = feed.start + feed.shape[-1]
+    stop, made = feed.start + feed.shape[-1], dict(weights)
     factor = np.asarray(factor, np.float64)
-    made = dict(weights)
     vector = weights[feed.feeder].ndim == 1
-    kept = feed.feeder if vector else feed.bias
-    if kept in weights:
-        own = weights[kept][..., feed.start : stop]
-        rounded, factor = _divided(own, factor, feed.offset if vector else 0.0, dtype_code)
-        made[kept] = _with_rows(weights[kept], feed.start, rounded, axis=-1)
+    if kept := _kept(weights, feed):
+        rounded, factor = _divided(*kept, factor, dtype_code)
+        name = feed.feeder if vector else feed.bias
+        made[name] = _with_rows(weights[name], feed.start, rounded, axis=-1)
     if vector and feed.bias in weights:
         made[feed.bias] = _rounded(weights[feed.bias] / factor, dtype_code)
     if not vector:
@@ -105,10 +109,18 @@ def fold(
     columns = feed.columns(factor)
     for name in feed.readers:
         made[name] = (made[name] * (columns[:, None, :] if len(feed.shape) > 1 else columns)).astype(np.float32)
-    return made, factor.astype(np.float32)
+    return made, factor
 
 
-def _divided(own: Array, factor: Array, offset: float, dtype_code: str) -> tuple[Array, Array]:
+def _kept(weights: Mapping[str, Array], feed: Feed) -> tuple[Array, float] | None:
+    """What of the feeder is stored as floats, and what the runtime adds to it: a norm's weight, or a bias."""
+    if weights[feed.feeder].ndim == 1:
+        return weights[feed.feeder], feed.offset
+    stop = feed.start + feed.shape[-1]
+    return (weights[feed.bias][..., feed.start : stop], 0.0) if feed.bias in weights else None
+
+
+def _divided(own: Array, offset: float, factor: Array, dtype_code: str) -> tuple[Array, Array]:
     """own / factor as it is stored, and the factor that is true of it."""
     whole = own.astype(np.float64) + offset
     rounded = _rounded(whole / factor - offset, dtype_code)
