@@ -1,4 +1,4 @@
-"""Factors are chosen by the error of what is computed: never more of it, and clearly less where inputs have outliers."""
+"""Factors are chosen by the error of what is computed: never more of it, clearly less where inputs have outliers."""
 
 from __future__ import annotations
 
