@@ -37,7 +37,8 @@ _BF16, _F16 = 0, 1
 _ZERO, _HALF, _ONE, _INF = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
 _TWO, _FOUR, _FIVE, _SIX = np.float32(2), np.float32(4), np.float32(5), np.float32(6)
 _LEAST_POWER = np.float32(2.0**-127)  # of E8M0
-_EPS = np.float32(1e-7)  # the least step of MLX
+_NAN, _EPS = np.float32(np.nan), np.float32(1e-7)  # _EPS: the least step of MLX
+_WIDE = np.float32(64)  # a range, where the largest weight that counts is 1..2
 # Added to a float below 2**22 this leaves the nearest integer, ties to even.
 _MAGIC = np.float32(12582912.0)
 _U0, _U1, _U13, _U16, _U23 = np.uint32(0), np.uint32(1), np.uint32(13), np.uint32(16), np.uint32(23)
@@ -234,10 +235,17 @@ def _normalise(group, tile, lanes):
 
 @jit
 def _search(group, tile, lanes, n, kind, starts, moves):
-    """From encode's own scale and bias, from each start, and by each move away from the best so far."""
+    """From encode's own scale and bias, from each start, and by each move away from the best so far.
+
+    encode's range may be so much wider than that of the weights that count that float32 loses them in it: then it is no
+    place to start from.
+    """
     for lane in range(LANES):
+        own = lanes[OWN_SCALE + lane] * lanes[DOWN + lane]
         lanes[BEST + lane] = _INF
-        lanes[SCALE + lane] = lanes[OWN_SCALE + lane] * lanes[DOWN + lane]
+        lanes[BEST_SCALE + lane] = _ZERO
+        lanes[BEST_BIAS + lane] = _ZERO
+        lanes[SCALE + lane] = own if abs(own) * n < _WIDE else _NAN
         lanes[BIAS + lane] = lanes[OWN_BIAS + lane] * lanes[DOWN + lane]
     _descend(group, tile, lanes, n, kind, 2)
     for s in range(len(starts)):
