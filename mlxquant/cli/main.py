@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "Say what a model is: architecture, parameters, bits per weight, bytes by role.",
     "fit": "Say whether a model fits a Mac, how fast it will be, and which level to take.",
     "convert": "Quantize a folder, a Hub id or a GGUF file into an MLX folder or a GGUF file.",
+    "imatrix": "Write which columns of each weight matter most on some text, as llama-imatrix does.",
     "verify": "Prove that a converted folder or file is what its plan says and still agrees with its source.",
     "generate": "Continue one prompt.",
     "chat": "Talk to a model, turn by turn.",
