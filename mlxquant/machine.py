@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,6 +255,12 @@ def _run(*command: str) -> str:
         return done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _linux_memory() -> tuple[int, int]:

@@ -9,15 +9,17 @@ from typing import Any
 import click
 
 from mlxquant.cli import convert_fit
+from mlxquant.cli.calibration_options import calibration_options
 from mlxquant.cli.converting import Wish, is_gguf
 from mlxquant.cli.sections import SectionCommand, SectionOption, given
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
 from mlxquant.plan.gguf_types import FILE_TYPES
-from mlxquant.plan.recipe import METHODS, RECIPES
+from mlxquant.plan.recipe import METHODS, RECIPES, RTN, SEARCH
 from mlxquant.tensors import FLOAT_CODES
 
 MLX, GGUF = "For an MLX folder", "For a GGUF file"
+TEXT = "For an MLX folder: codes chosen by what text does in the model"
 
 
 @click.command(cls=SectionCommand)
@@ -67,7 +69,7 @@ MLX, GGUF = "For an MLX folder", "For a GGUF file"
     section=MLX,
     type=click.Choice(METHODS),
     help="Who chooses codes, scales and biases. rtn: the range of each group, rounding to nearest, as mlx_lm.convert; "
-    "search: least squared error, in the same arrays.  [default: rtn]",
+    "search: least squared error, in the same arrays; awq, gptq, best: by text, see below.  [default: rtn]",
 )
 @click.option(
     "--dtype",
@@ -129,6 +131,16 @@ MLX, GGUF = "For an MLX folder", "For a GGUF file"
     help="llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell.",
 )
 @click.option("--modelfile", cls=SectionOption, section=GGUF, is_flag=True, help="Write Ollama's Modelfile beside it.")
+@calibration_options(TEXT)
+@click.option(
+    "--device",
+    cls=SectionOption,
+    section=TEXT,
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
+    help="Where the model runs while it is calibrated.",
+)
 @convert_fit.fit_options
 @click.pass_context
 def command(
@@ -156,12 +168,13 @@ def command(
         raise UsageError("no output", hint="add -o FOLDER or -o NAME.gguf, or --dry-run to see the plan only")
     wish = Wish(source, revision, dry_run, as_json, resume, restart, force)
     for_mlx, for_gguf, for_fit = given(ctx, MLX), given(ctx, GGUF), given(ctx, convert_fit.FIT)
+    for_text = given(ctx, TEXT)
     if for_fit:
         convert_fit.check(out, for_fit, for_mlx, for_gguf)
         options = convert_fit.chosen_options(wish, out, options)
         to_gguf = is_gguf(out)
     else:
-        to_gguf = wants_gguf(out, for_mlx, for_gguf)
+        to_gguf = wants_gguf(out, [*for_mlx, *for_text], for_gguf)
     if to_gguf:
         from mlxquant.cli.convert_gguf import convert_gguf
 
@@ -169,8 +182,26 @@ def command(
     else:
         from mlxquant.cli.convert_mlx import convert_mlx
 
+        refuse_unread_text(for_text, options["method"])
         formatted = bool({"--bits", "--group-size", "--mode", "--dtype"} & set(for_mlx)) or bool(for_fit)
         convert_mlx(wish, out, options, formatted)
+
+
+def refuse_unread_text(for_text: Sequence[str], method: str | None) -> None:
+    """Raises UsageError for text that no method would look at."""
+    if not for_text:
+        return
+    if method in (None, RTN):
+        given_method = f"--method {method} does not" if method else "there is no --method"
+        raise UsageError(
+            f"{for_text[0]} is for methods that look at text, and {given_method}",
+            hint="add --method gptq or best, or leave it out",
+        )
+    if method == SEARCH and "--calibration" not in for_text:
+        raise UsageError(
+            f"{for_text[0]}: --method search looks at text only where some is named",
+            hint="add --calibration builtin or a file, or leave it out",
+        )
 
 
 def wants_gguf(out: Path | None, for_mlx: Sequence[str], for_gguf: Sequence[str]) -> bool:

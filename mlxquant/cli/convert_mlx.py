@@ -13,7 +13,7 @@ import click
 from mlxquant.cli.converting import Wish, print_columns, print_shares, print_written, stopped_in_one_line
 from mlxquant.cli.resolve import resolve_headers, resolve_source
 from mlxquant.codecs.repacked import REPACKED
-from mlxquant.plan.recipe import REPACK, Settings, settings
+from mlxquant.plan.recipe import REPACK, RTN, SEARCH, Settings, settings
 from mlxquant.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -39,7 +39,17 @@ def convert_mlx(wish: Wish, out: Path | None, options: Mapping[str, Any], format
     wanted = mlx_settings(options, opened.quantized, formatted)
     plan = make_plan(opened.config, opened.specs, wanted, opened.quantized)
     assert out is not None
-    run(opened, plan, out, wish)
+    if calibrated(plan.settings, options):
+        from mlxquant.cli.convert_calibrated import convert_calibrated
+
+        convert_calibrated(opened, plan, out, wish, options)
+    else:
+        run(opened, plan, out, wish)
+
+
+def calibrated(wanted: Settings, options: Mapping[str, Any]) -> bool:
+    """Whether codes are chosen by text: search does without, unless text is named."""
+    return wanted.method not in (RTN, SEARCH) or (wanted.method == SEARCH and options["calibration"] is not None)
 
 
 def mlx_settings(options: Mapping[str, Any], quantized: Mapping[str, str], formatted: bool) -> Settings:

@@ -1,0 +1,39 @@
+"""What each method of `convert --method` does, and by how much. Figures behind the choices: docs/quality.md."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlxquant.plan.recipe import SEARCH
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How codes are chosen.
+
+    codes: 'search' (each column weighted by its mean square) or 'gptq' (the whole Hessian). damping: of the Hessian's
+    mean diagonal. target: how much of what the layers before did wrong is made good, 0 to 1. rounds: of descending
+    codes and refitting scales and biases. factors: AWQ's, folded into what feeds a linear layer.
+    """
+
+    method: str
+    codes: str = "gptq"
+    damping: float = 0.01
+    target: float = 0.0
+    rounds: int = 2
+    factors: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+RECIPES = {
+    recipe.method: recipe
+    for recipe in (
+        Recipe(SEARCH, codes="search"),
+        Recipe("awq", codes="search", factors=True),
+        Recipe("gptq"),
+        Recipe("best", target=1.0),
+    )
+}

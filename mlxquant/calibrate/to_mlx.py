@@ -1,0 +1,190 @@
+"""An MLX folder whose codes were chosen by what data say: `convert --method gptq` and its kin, as a whole.
+
+Two streams of hidden states pass the model layer by layer: one through its weights as they are, one through what their
+codes stand for. So each layer's codes are chosen for the inputs that they will see, and against what the model would
+have said. Between layers both stand in files (streams.py): killed at any point, the next call goes on from the last
+whole layer and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from mlxquant.calibrate.choose import Chooser, Record, RowChooser
+from mlxquant.calibrate.layered import Layered, some_rows
+from mlxquant.calibrate.streams import FULL, QUANTIZED, Streams
+from mlxquant.calibrate.values import Samples
+from mlxquant.convert.gather import chunks
+from mlxquant.convert.manifest import NAME, manifest
+from mlxquant.convert.sidecars import small_files
+from mlxquant.convert.sources import OpenSource, fingerprint
+from mlxquant.convert.streaming import Silent as SilentBytes
+from mlxquant.convert.streaming import line
+from mlxquant.convert.to_mlx import stream
+from mlxquant.files.publish import Workspace
+from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
+from mlxquant.measure.runner import Silent, Watch
+from mlxquant.plan.plan import Plan, PlannedTensor
+
+Array = np.ndarray[Any, Any]
+
+CALIBRATION = "calibration"
+# Of a matrix of the vocabulary that is worked on at once: 4,096 rows of 4,096 weights.
+ROWS_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Written:
+    """out, and what was chosen for each weight, in the order of the choices."""
+
+    out: Path
+    records: tuple[Record, ...]
+
+
+class Stopped(KeyboardInterrupt):
+    """By the user, between two layers."""
+
+
+def to_mlx(
+    source: OpenSource,
+    plan: Plan,
+    out: Path,
+    samples: Samples,
+    chooser: Chooser,
+    *,
+    resume: bool | None = None,
+    restart: bool = False,
+    force: bool = False,
+    shard_bytes: int = LIMIT_BYTES,
+    small: Mapping[str, bytes] | None = None,
+    watch: Watch | None = None,
+) -> Written:
+    """Writes the MLX folder `out`.
+
+    Peak memory: two layers in float32, the Hessians of one stage, some samples' activations. Raises SourceError (bytes
+    missing, NaN in weights or activations), UnsupportedError (a family that cannot be run layer by layer), TargetError,
+    and KeyboardInterrupt when the watch says so.
+    """
+    model = Layered(source, plan)
+    small = small_files(source, plan) if small is None else small
+    shards = assign([t.parts for t in plan.tensors], shard_bytes)
+    said = json.dumps([plan.digest(), shard_bytes, fingerprint(source), samples.sha256, chooser.recipe.to_json()])
+    digest = hashlib.sha256(said.encode()).hexdigest()
+    with Workspace.open(out, digest, shards, source=source.path, resume=resume, restart=restart, force=force) as work:
+        shape = (*samples.tokens_BL.shape, model.width)
+        streams = Streams(work.partial / CALIBRATION, shape)
+        job = _Job(model, work, streams, samples, chooser, watch or Silent())
+        job.run()
+        facts = {"text": samples.label, "sha256": samples.sha256, **chooser.recipe.to_json()}
+        for name, data in {**small, INDEX: index_json(shards, plan.size)}.items():
+            work.write_file(name, data)
+        account = facts | {"tensors": [asdict(record) for record in job.records]}
+        work.write_file(NAME, manifest(plan, source.origin, work.checksums, small, calibration=account))
+        work.publish()
+    return Written(out, tuple(job.records))
+
+
+class _Job:
+    def __init__(
+        self, model: Layered, work: Workspace, streams: Streams, samples: Samples, chooser: Chooser, watch: Watch
+    ) -> None:
+        self._model, self._work, self._streams = model, work, streams
+        self._tokens_BL, self._chooser, self._watch = samples.tokens_BL, chooser, watch
+        self.records: list[Record] = []
+
+    def run(self) -> None:
+        first, records = self._streams.resume()
+        self.records = [Record(**record) for record in records]
+        self._watch.stage(f"Choosing codes by {self._chooser.recipe.method}", self._model.count + 2, "layers")
+        if first < 0:
+            self._begin()
+            first = 0
+        self._watch.advance(first + 1)
+        for number in range(first, self._model.count):
+            if self._watch.stopped():
+                raise Stopped
+            self._layer(number)
+            self._watch.advance(1)
+        self._end()
+        self._watch.advance(1)
+
+    # -- before the first layer
+
+    def _begin(self) -> None:
+        """The embedding's codes, and what enters the first layer of both streams."""
+        tensor = self._model.embedding()
+        choose = self._chooser.table(self._model, tensor, self._tokens_BL)
+        if tensor.codec.quantized:
+            self._rows(tensor, choose)
+        ids_U, places = np.unique(self._tokens_BL, return_inverse=True)
+        places_BL, sums = places.reshape(self._tokens_BL.shape), {}
+        changes = {FULL: None, QUANTIZED: (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None}
+        for kind, change in changes.items():
+            table_UH = self._model.table(ids_U, change)
+            parts = (self._model.embed_rows(places_L[None], table_UH) for places_L in places_BL)
+            sums[kind] = self._streams.of(kind, 0).write(parts)
+        self._streams.finish(0, sums, self._told())
+
+    # -- one layer
+
+    def _layer(self, number: int) -> None:
+        entering = {kind: self._streams.of(kind, number) for kind in (FULL, QUANTIZED)}
+        done = self._chooser.layer(self._model, number, entering[FULL], entering[QUANTIZED])
+        for tensor in self._model.of_layer(number):
+            self._write(tensor, [done.parts(tensor)])
+        self.records += done.records
+        leaving = {kind: self._streams.of(kind, number + 1) for kind in (FULL, QUANTIZED)}
+        sums = {kind: leaving[kind].write(done.run(kind, entering[kind])) for kind in leaving}
+        self._streams.finish(number + 1, sums, self._told())
+
+    # -- behind the last
+
+    def _end(self) -> None:
+        last, embedding = self._model.count, self._model.embedding()
+        for tensor in self._model.outside():
+            if tensor.codec.quantized and tensor.name != embedding.name:
+                full, quantized = self._streams.of(FULL, last), self._streams.of(QUANTIZED, last)
+                self._rows(tensor, self._chooser.head(self._model, tensor, full, quantized))
+        with line() as threads:
+            for tensor in self._model.plan.tensors:
+                if not self._work.done(tensor.name):
+                    stream(self._model.source, tensor, self._work, SilentBytes(), threads)
+
+    # -- writing
+
+    def _rows(self, tensor: PlannedTensor, choose: RowChooser) -> None:
+        """A large matrix, some rows at a time. Chosen again where a stopped run had written it: its record is told."""
+        errors: list[tuple[float, float, str]] = []
+
+        def parts() -> Iterator[tuple[Array, ...]]:
+            for start, stop in chunks(tensor.target, ROWS_BYTES):
+                chosen, rounding = choose(some_rows(self._model.source, tensor, start, stop))
+                errors.append((rounding, chosen.error, chosen.note))
+                yield chosen.parts
+
+        self._write(tensor, parts())
+        roundings, found, notes = zip(*errors, strict=True)
+        note = next(filter(None, notes), "")
+        self.records.append(
+            Record(tensor.name, tensor.codec.label, mean(roundings), mean(found), self._tokens_BL.size, note)
+        )
+
+    def _write(self, tensor: PlannedTensor, arrays: Iterable[tuple[Array, ...]]) -> None:
+        names, done = [part.name for part in tensor.parts], self._work.done(tensor.name)
+        for some in arrays:
+            for name, array in zip(names, some, strict=True):
+                if not done:
+                    self._work.write(name, array)
+        if not done:
+            self._work.finish(tensor.name, names)
+
+    def _told(self) -> list[dict[str, Any]]:
+        return [asdict(record) for record in self.records]
