@@ -80,21 +80,31 @@ class Rotation:
         return cls(model.model_type, embedding, norm, head, factors, signs, heads, wired)
 
     def layer(self, index: int, weights: Mapping[str, Array]) -> dict[str, Array]:
-        """One layer's weights, float32, all of them given. Computed in float64 and rounded once."""
+        """One layer's weights, float32, all of them given. Computed in float64 and rounded once, matrix by matrix."""
         wired = self.layers[index]
-        made = {name: value.astype(np.float64) for name, value in weights.items()}
-        for norm, readers in wired.reads.items():
-            for name in readers:
-                made[name] = self._columns(made[name] * made[norm])
-            made[norm] = np.ones_like(made[norm])
-        for name in wired.writes:
-            made[name] = self._rows(made[name])
-            bias = name.removesuffix("weight") + "bias"
-            if bias in made:
-                made[bias] = self._columns(made[bias])
+        norms = {reader: norm for norm, readers in wired.reads.items() for reader in readers}
+        made = {}
+        for name, value in weights.items():
+            norm = weights[norms[name]] if name in norms else None
+            made[name] = np.ones_like(value) if name in wired.reads else np.empty_like(value)
+            stack = value.ndim == 3 and (name in norms or name in wired.writes)
+            if name not in wired.reads:
+                for i in range(len(value)) if stack else (...,):
+                    made[name][i] = self._rotated(wired, name, value[i], norm)
+        return made
+
+    def _rotated(self, wired: Wiring, name: str, value: Array, norm: Array | None) -> Array:
+        """One matrix or vector, of an expert where there are some. norm: the weight of what it reads."""
+        made = value.astype(np.float64)
+        if norm is not None:
+            made = self._columns(made * norm)
+        if name in wired.writes:
+            made = np.ascontiguousarray(self._columns(made.T).T)  # Q^T w
+        if name.endswith("bias") and name.removesuffix("bias") + "weight" in wired.writes:
+            made = self._columns(made)
         if wired.values and not wired.values.gated:
-            self._rotate_values(wired.values, made)
-        return {name: value.astype(np.float32) for name, value in made.items()}
+            made = self._with_values(wired.values, name, made)
+        return made
 
     def embedding(self, rows_VH: Array) -> Array:
         """Rows of the embedding, float32. Any number of them."""
@@ -145,18 +155,15 @@ class Rotation:
         """w Q, over the last axis."""
         return times(w * self.signs, self.factors)
 
-    def _rows(self, w: Array) -> Array:
-        """Q^T w, over the last axis but one."""
-        return np.ascontiguousarray(self._columns(w.swapaxes(-1, -2)).swapaxes(-1, -2))
-
-    def _rotate_values(self, values: Values, made: dict[str, Array]) -> None:
-        """Each head's rows (and elements of its bias), and the columns that read them."""
-        rows, bias = slice(values.start, values.stop), values.name.removesuffix("weight") + "bias"
-        v, o = made[values.name], made[values.output]
-        v[rows] = times(v[rows].T.reshape(-1, values.head_dim), self.heads).reshape(v[rows].T.shape).T
-        if bias in made:
-            made[bias][rows] = times(made[bias][rows].reshape(-1, values.head_dim), self.heads).reshape(-1)
-        made[values.output] = times(o.reshape(-1, values.head_dim), self.heads).reshape(o.shape)
+    def _with_values(self, values: Values, name: str, made: Array) -> Array:
+        """Each value head's rows, or elements of its bias, and the columns that read them."""
+        rows, heads = slice(values.start, values.stop), (-1, values.head_dim)
+        if name in (values.name, values.name.removesuffix("weight") + "bias"):
+            own = made[rows].T
+            made[rows] = times(own.reshape(heads), self.heads).reshape(own.shape).T
+        if name == values.output:
+            made = times(made.reshape(heads), self.heads).reshape(made.shape)
+        return made
 
 
 def rotated_config(config: Mapping[str, Any]) -> dict[str, Any]:
