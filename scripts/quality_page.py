@@ -8,6 +8,7 @@ The page is written by hand but for what stands between `<!-- = WORDS -->` and `
     pair MODEL STUDENT STUDENT       how much further the second is from the teacher
     MODEL STUDENT FIGURE             one figure: kl, p99, ppl_ratio, delta_p_rms, top1, bpw
     setting MODEL                    text, windows, device
+    calibrated MODEL [...]           what benchmarks/calibrated.py kept: see peers_table.py
     bits                             bits per weight of each level for well-known shapes, by llama.cpp's rules
 
 A figure that is not measured yet says so. --check fails when the page is not what this would write.
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peers_table
 from quality_bits import LEVELS, MODELS, bits_per_weight
 
 from mlxquant.measure.columns import MILLI, estimate
@@ -47,6 +49,8 @@ def text(words: list[str], kept: dict[str, Result]) -> str:
     match words:
         case ["bits"]:
             return bits()
+        case ["calibrated", *rest]:
+            return peers_table.text(rest)
         case [kind, model, *_] if kind in ("ladder", "pair", "setting") and model not in kept:
             return f"\n{MISSING}\n" if kind == "ladder" else MISSING
         case ["ladder", model, group]:
