@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxquant.calibrate import kernels
-from mlxquant.calibrate.refit import Tile, improve, padded, put_back, quadratic, ratio, tiles
+from mlxquant.calibrate.refit import Tile, each_tile, groups, improve, padded, put_back, quadratic, ratio, upper_root
 from mlxquant.calibrate.values import Array, Chosen
 from mlxquant.codecs.encode import decode
 from mlxquant.codecs.search import pack, search_values
@@ -102,7 +102,7 @@ def _factor(a_II: Array) -> None:
         corner = panel[start:].astype(np.float64)
         if not np.isfinite(corner).all():  # of which some LAPACKs make a factor full of NaN
             raise np.linalg.LinAlgError
-        root = np.linalg.cholesky(corner[::-1, ::-1])[::-1, ::-1]
+        root = upper_root(corner)
         panel[start:] = root
         panel[:start] = panel[:start] @ np.linalg.inv(root).T.astype(a_II.dtype)
 
@@ -132,16 +132,20 @@ def gptq(
     else:
         codes_OI = np.empty(w_OI.shape, np.uint8)
         scale_OG, bias_OG = np.ones((2, len(w_OI), w_OI.shape[1] // codec.group_size), np.float32)
-    error = total = 0.0
-    for rows in tiles(len(w_OI)):
+    hessian_II = prepared.hessian_II
+    pieces = groups(hessian_II, codec) if rounds else []
+
+    def work(rows: slice) -> tuple[float, float]:
         w_IR = padded(w_OI[rows])
         tile = Tile(w_IR, np.empty_like(w_IR), padded(scale_OG[rows]), padded(bias_OG[rows]))
         _round(tile, prepared, dtype_code, codec)
-        error += float(improve(tile, prepared.hessian_II, dtype_code, codec, rounds).sum())
-        total += float(quadratic(w_IR, prepared.hessian_II).sum())
+        error_R = improve(tile, hessian_II, pieces, dtype_code, codec, rounds)
         put_back(tile, rows, codes_OI, scale_OG, bias_OG)
+        return float(error_R.sum()), float(quadratic(w_IR, hessian_II).sum())
+
+    share = ratio(each_tile(work, len(w_OI)))
     parts = pack(codes_OI, scale_OG, bias_OG, dtype_code, codec)
-    return Chosen(parts, decode(parts, dtype_code, codec), ratio(error, total), _note(prepared))
+    return Chosen(parts, decode(parts, dtype_code, codec), share, _note(prepared))
 
 
 def _note(prepared: Prepared) -> str:
@@ -176,7 +180,7 @@ def corrected(
     hessian_II = mean y y^T of the inputs y that quantized layers before made, cross_II = mean x y^T of what they were,
     x. |w x - t y|^2 is least for t = w cross hessian^-1 = w + w (cross - hessian) hessian^-1 (GPTAQ, Li et al. 2025,
     arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695). strength: how much of the difference is taken.
-    damping: of the Hessian's mean diagonal. Float32 (O, I). Raises NotPositive where the Hessian is singular for all that.
+    damping: of the Hessian's mean diagonal. Float32 (O, I). Raises NotPositive where that leaves it singular.
     """
     damped_II = hessian_II.copy()
     damped_II.reshape(-1)[:: len(damped_II) + 1] += np.float32(damping * np.diagonal(hessian_II).mean())
@@ -189,9 +193,10 @@ def corrected(
 
 def output_error(w_OI: Array, values_OI: Array, hessian_II: Array) -> float:
     """Squared error of the layer's output over its squared output, 0 .. 1."""
-    error = total = 0.0
-    for rows in tiles(len(w_OI)):
+
+    def work(rows: slice) -> tuple[float, float]:
         w_IR = padded(w_OI[rows])
-        error += float(quadratic(w_IR - padded(values_OI[rows]), hessian_II).sum())
-        total += float(quadratic(w_IR, hessian_II).sum())
-    return ratio(error, total)
+        error_R = quadratic(w_IR - padded(values_OI[rows]), hessian_II)
+        return float(error_R.sum()), float(quadratic(w_IR, hessian_II).sum())
+
+    return ratio(each_tile(work, len(w_OI)))
