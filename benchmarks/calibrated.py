@@ -2,7 +2,7 @@
 
     python benchmarks/calibrated.py MODEL --text FILE -o results.json [--calibration FILE] [--imatrix FILE]
         [--methods mlx_lm,search,gptq+rotate --formats 4g64,3g64,bpw4.5] [--types Q4_K_M+imatrix,Q4_K+pure+imatrix]
-        [--ready NAME=PATH ...] [--windows 48] [--plot out.svg]
+        [--ready NAME=PATH ...] [--windows 48] [--beside peers.json] [--plot out.svg]
 
 MODEL is a full-precision folder. --methods times --formats are MLX folders: `mlx_lm` is what `mlx_lm.convert -q`
 writes, mlx_lm_awq, mlx_lm_gptq and mlx_lm_dynamic are scripts/peers_mlx_lm.py, every other one is `mlxquant convert
@@ -10,7 +10,7 @@ writes, mlx_lm_awq, mlx_lm_gptq and mlx_lm_dynamic are scripts/peers_mlx_lm.py, 
 by `mlxquant convert --type`, the bytes of llama-quantize; --ready takes students as they are. Words after a + are
 switches: --rotate, --pure; `imatrix` is --imatrix FILE, `free` leaves --calibration out. One student at a time is made,
 scored by `mlxquant eval` (the teacher runs once for all), written into results.json and deleted; what is there already
-is skipped, so that the same command goes on. --untimed leaves seconds out, for a machine that has other work. The last
+is skipped, so that the same command goes on. --beside takes earlier results into ratios and plot. --untimed leaves seconds out, for a machine that has other work. The last
 line of stdout is one JSON object.
 """
 
@@ -126,9 +126,9 @@ def shown(command: list[Any]) -> str:
     return " ".join(Path(str(word)).name for word in command)
 
 
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Each divergence by that of `mlx_lm.convert`, where that wrote a folder of the same size."""
-    stock = [row for row in rows if row["method"] == "mlx_lm"]
+def with_ratios(rows: list[Row], beside: list[Row]) -> list[Row]:
+    """By size; each divergence by that of `mlx_lm.convert`, where that wrote a folder of the same size."""
+    stock = [row for row in [*rows, *beside] if row["method"] == "mlx_lm"]
     for row in rows:
         kl = row["divergence"]["kl"]["value"]
         same = [s for s in stock if abs(s["nbytes"] / row["nbytes"] - 1) < SAME_SIZE]
@@ -161,7 +161,7 @@ def read(path: Path, header: dict[str, Any]) -> list[Row]:
 
 def write(path: Path, header: dict[str, Any], rows: list[Row]) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(header | {"rows": with_ratios(rows)}, indent=1) + "\n")
+    partial.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
     partial.replace(path)
 
 
@@ -178,19 +178,18 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
     rows = read(options.out, header)
+    beside = [row for path in options.beside for row in read(path, header)]
     for job in jobs(options):
         if job.name in {row["name"] for row in rows}:
             continue
-        rows.append(make_and_score(job, options))
+        row = make_and_score(job, options)
+        rows = with_ratios([*rows, row], beside)
         write(options.out, header, rows)
-        print(line(rows[-1]), flush=True)
-    rows = with_ratios(rows)
-    write(options.out, header, rows)
+        print(line(row), flush=True)
     print("\n".join(map(line, rows)))
     if options.plot:
-        calibrated_plot.plot(
-            rows, f"{options.model.name}, {options.windows} windows of {options.text.name}", options.plot
-        )
+        title = f"{options.model.name}, {options.windows} windows of {options.text.name}"
+        calibrated_plot.plot([*rows, *beside], title, options.plot)
     kl = {row["name"]: row["divergence"]["kl"]["value"] for row in rows}
     print(json.dumps({"benchmark": "calibrated", "model": header["model"], "kl": kl}))
 
@@ -208,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--imatrix", type=Path)
     parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--work", type=Path, help="where students stand [default: beside -o]")
     parser.add_argument("--keep", action="store_true", help="do not delete students")
     parser.add_argument("--untimed", action="store_true")

@@ -11,9 +11,15 @@ from mlxquant.files import plot_file
 from mlxquant.measure.columns import MILLI
 from mlxquant.measure.plot_page import INK, PAPER, themed
 
-# Okabe and Ito's colours, which the colour-blind tell apart; marks differ besides.
+# Okabe and Ito's colours, which the colour-blind tell apart; marks differ besides. GGUF levels are in ink.
 COLOURS = ("#0080c6", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#7a5cc0", "#56b4e9")
-MARKS = "osD^vP*"
+MARKS = "o^vP*<>Xhd"
+GGUF = {
+    "GGUF": ("s", PAPER),
+    "GGUF, imatrix": ("s", INK),
+    "GGUF, pure": ("D", PAPER),
+    "GGUF, pure, imatrix": ("D", INK),
+}
 _STYLE = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 Row = dict[str, Any]
 
@@ -27,12 +33,20 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def figure(rows: Sequence[Row], title: str) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     drawn = Figure(figsize=(9.0, 6.0), facecolor=PAPER)
     axes = drawn.add_axes((0.085, 0.085, 0.895, 0.825))
     axes.set_yscale("log")
-    for place, (name, found) in enumerate(series(rows)):
-        line(axes, name, found, COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.margins(x=0.07)
+    found = series(rows)
+    for place, name in enumerate(name for name in found if name not in GGUF):
+        colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
+        line(axes, name, found[name], {"color": colour, "marker": mark})
+    for name, (mark, fill) in GGUF.items():
+        line(axes, name, found.get(name, []), {"color": INK, "marker": mark, "mfc": fill, "linestyle": ":"})
+    levels(axes, [row for row in rows if not row["format"]])
     axes.set_xlabel("bits per weight, all tensors")
     axes.set_title("mean KL divergence, milli-nats; bars: two standard errors", loc="left", fontsize=9.5)
     axes.patch.set_visible(False)
@@ -43,7 +57,7 @@ def figure(rows: Sequence[Row], title: str) -> Any:
     return drawn
 
 
-def series(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """A method's formats make a line; GGUF levels one with importance and one without."""
 
     def of(row: Row) -> str:
@@ -53,16 +67,22 @@ def series(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
         return f"{kind}, imatrix" if "imatrix" in row["method"] else kind
 
     ordered = sorted(rows, key=lambda row: (of(row), row["bpw"]))
-    return [(name, list(found)) for name, found in groupby(ordered, key=of)]
+    return {name: list(found) for name, found in groupby(ordered, key=of)}
 
 
-def line(axes: Any, name: str, rows: Sequence[Row], colour: str, mark: str) -> None:
-    """Names stand beside GGUF levels only: they say more than their bits."""
+def line(axes: Any, name: str, rows: Sequence[Row], style: dict[str, Any]) -> None:
     kl = [row["divergence"]["kl"] for row in rows]
-    xs, ys = [row["bpw"] for row in rows], [k["value"] * MILLI for k in kl]
     bars = [2 * (k["error"] or 0) * MILLI for k in kl]
-    style = "-" if rows[0]["format"] else "--"
-    axes.errorbar(xs, ys, yerr=bars, fmt=mark, linestyle=style, color=colour, label=name, markersize=6, linewidth=1.1)
-    for row, x, y in zip(rows, xs, ys, strict=True):
-        if not row["format"]:
-            axes.annotate(row["method"].split("+")[0], (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    if rows:
+        at = [row["bpw"] for row in rows], [k["value"] * MILLI for k in kl]
+        axes.errorbar(*at, yerr=bars, label=name, markersize=6, linewidth=1.1, **style)
+
+
+def levels(axes: Any, rows: Sequence[Row]) -> None:
+    """Names beside GGUF levels, which say more than their bits: once, where a level is there with importance and
+    without."""
+    for row in rows:
+        name, *switches = row["method"].split("+")
+        if switches or all(other["method"] != f"{name}+imatrix" for other in rows):
+            at = row["bpw"], row["divergence"]["kl"]["value"] * MILLI
+            axes.annotate(name, at, (6, -9), textcoords="offset points", fontsize=8)
