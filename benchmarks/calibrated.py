@@ -10,8 +10,8 @@ writes, mlx_lm_awq, mlx_lm_gptq and mlx_lm_dynamic are scripts/peers_mlx_lm.py, 
 by `mlxquant convert --type`, the bytes of llama-quantize; --ready takes students as they are. Words after a + are
 switches: --rotate, --pure; `imatrix` is --imatrix FILE, `free` leaves --calibration out. One student at a time is made,
 scored by `mlxquant eval` (the teacher runs once for all), written into results.json and deleted; what is there already
-is skipped, so that the same command goes on. --beside takes earlier results into ratios and plot. --untimed leaves seconds out, for a machine that has other work. The last
-line of stdout is one JSON object.
+is skipped, so that the same command goes on. --beside takes earlier results into ratios and plot. --untimed leaves
+seconds out, for a machine that has other work. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
