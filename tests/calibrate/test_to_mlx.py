@@ -1,0 +1,99 @@
+"""Folders whose codes were chosen by text: they load in stock mlx-lm, and whoever stops the work loses none of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from mlxquant.calibrate.choose import Chooser
+from mlxquant.calibrate.recipes import RECIPES
+from mlxquant.calibrate.text import calibration
+from mlxquant.calibrate.to_mlx import CALIBRATION, to_mlx
+from mlxquant.convert.checks import check_folder
+from mlxquant.convert.sources import open_source
+from mlxquant.measure.runner import Silent
+from mlxquant.plan.plan import make_plan
+from mlxquant.plan.recipe import settings
+from mlxquant.run.model import load_model
+from mlxquant.run.text import Text
+
+
+def convert(folder, out, method="gptq", bits=4, watch=None, samples=8, **settings_):
+    source = open_source(folder)
+    wanted = settings(recipe="uniform", method=method, bits=bits, group_size=32, **settings_)
+    plan = make_plan(source.config, source.specs, wanted)
+    text = calibration("builtin", Text.load(folder), samples, 64, 0)
+    return to_mlx(source, plan, out, text, Chooser(RECIPES[method]), watch=watch)
+
+
+def hashes(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+class StopAt(Silent):
+    """Presses Ctrl-C before so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def stopped(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize("method", ["search", "awq", "gptq", "best"])
+def test_each_layer_says_more_nearly_what_it_said(trained_dense, trained_experts, tmp_path, method):
+    for folder in (trained_dense, trained_experts):
+        written = convert(folder, tmp_path / f"{method}-{folder.name}", method)
+        load_model(written.out)  # by stock mlx-lm, strictly
+        judged = [record for record in written.records if record.rounding]
+        assert len(judged) >= 15
+        assert np.mean([r.error / r.rounding for r in judged]) < (0.95 if method in ("search", "awq") else 0.7)
+
+
+def test_gptq_is_before_search_and_search_before_rounding_in_every_layer(trained_dense, trained_experts, tmp_path):
+    for folder in (trained_dense, trained_experts):
+        errors = {
+            method: {r.name: r for r in convert(folder, tmp_path / f"{method}-{folder.name}", method).records}
+            for method in ("search", "gptq")
+        }
+        for name, record in errors["gptq"].items():
+            if record.rounding:
+                assert record.error < errors["search"][name].error < errors["search"][name].rounding, name
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_stopped_and_gone_on_with_it_is_byte_for_byte_the_same(trained_dense, tmp_path, steps):
+    whole = convert(trained_dense, tmp_path / "whole").out
+    with pytest.raises(KeyboardInterrupt):
+        convert(trained_dense, tmp_path / "parts", watch=StopAt(steps))
+    assert not (tmp_path / "parts").exists()
+    resumed = convert(trained_dense, tmp_path / "parts").out
+    assert hashes(resumed) == hashes(whole)
+    assert not (tmp_path / "parts.partial").exists()
+
+
+def test_states_that_were_damaged_are_computed_again(trained_dense, tmp_path):
+    whole = convert(trained_dense, tmp_path / "whole").out
+    with pytest.raises(KeyboardInterrupt):
+        convert(trained_dense, tmp_path / "parts", watch=StopAt(1))
+    (states,) = (tmp_path / "parts.partial" / CALIBRATION).glob("quantized-*.f32")
+    states.write_bytes(b"\1" + states.read_bytes()[1:])
+    assert hashes(convert(trained_dense, tmp_path / "parts").out) == hashes(whole)
+
+
+def test_the_manifest_tells_the_text_and_every_weight_s_error(trained_dense, tmp_path):
+    written = convert(trained_dense, tmp_path / "out")
+    account = json.loads((written.out / "mlxquant.json").read_text())["calibration"]
+    assert "built-in" in account["text"]
+    assert [tensor["name"] for tensor in account["tensors"]] == [record.name for record in written.records]
+    assert all(check.ok for check in check_folder(written.out, open_source(trained_dense)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 8])
+def test_every_width_has_its_codes(trained_dense, tmp_path, bits):
+    written = convert(trained_dense, tmp_path / "out", bits=bits)
+    assert all(r.error < r.rounding for r in written.records if r.rounding)
