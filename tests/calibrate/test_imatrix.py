@@ -29,7 +29,7 @@ from tests.tiny import make
 
 # One of each kind of layer: fused and biased projections, tied heads, experts beside a shared one, delta nets, sinks.
 FAMILIES = ["llama", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "gemma", "gemma2",
-            "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt_oss"]  # fmt: skip
+            "gemma3", "gemma3_text", "phi3", "smollm3", "olmo2", "granite", "gpt_oss"]  # fmt: skip
 
 
 def opened(folder: Path) -> tuple[OpenSource, Layered]:
