@@ -11,8 +11,8 @@ a group's values lowers it by 2 d.p - d H d, p = H E and H being the group's own
     descend each code in turn: the best of column j, all else as it is, is its value + p_j / H_jj
 
 Each lowers the error or is left undone, and what rounding left the next groups make good. A round over all groups
-costs 2 O I^2 operations, twice GPTQ's. (All scales and biases at once, 2 G unknowns a row, gain a few per mille of
-the error more than going through them twice in turn, and cost a matrix of (2 G)^2 for each row.)
+costs 2 O I^2 operations, twice GPTQ's. (All scales and biases at once, 2 G unknowns a row, would take a matrix of
+(2 G)^2 for each row; going through them in turn, with codes moving in between, gets as far.)
 
 Descent by codes is QuantEase (Behdin et al. 2023, arXiv:2309.01885), here from GPTQ's result.
 """
