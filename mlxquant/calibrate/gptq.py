@@ -17,7 +17,7 @@ import numpy as np
 from mlxquant.calibrate import kernels
 from mlxquant.calibrate.refit import Tile, each_tile, groups, improve, padded, put_back, quadratic, ratio, upper_root
 from mlxquant.calibrate.values import Array, Chosen
-from mlxquant.codecs.encode import decode
+from mlxquant.codecs.encode import NonFiniteError, decode
 from mlxquant.codecs.search import pack, search_values
 from mlxquant.codecs.spec import Codec
 
@@ -154,7 +154,10 @@ def gptq(
     def work(rows: slice) -> tuple[float, float]:
         w_IR = padded(w_OI[rows])
         tile = Tile(w_IR, np.empty_like(w_IR), padded(scale_OG[rows]), padded(bias_OG[rows]))
-        _round(tile, prepared, dtype_code, codec)
+        try:
+            _round(tile, prepared, dtype_code, codec)
+        except NonFiniteError as error:
+            raise NonFiniteError(rows.start + error.row, error.reason) from error
         error_R = improve(tile, hessian_II, pieces, dtype_code, codec, rounds)
         put_back(tile, rows, codes_OI, scale_OG, bias_OG)
         return float(error_R.sum()), float(quadratic(w_IR, hessian_II).sum())

@@ -105,7 +105,7 @@ def refit(
     pieces = groups(hessian_II, codec)
 
     def work(rows: slice) -> tuple[float, float]:
-        tile = Tile(*(padded(array[rows]) for array in (w_OI, codes_OI[rows], scale_OG, bias_OG)))
+        tile = Tile(*(padded(array[rows]) for array in (w_OI, codes_OI, scale_OG, bias_OG)))
         error_R = improve(tile, hessian_II, pieces, dtype_code, codec, rounds)
         put_back(tile, rows, codes_OI, scale_OG, bias_OG)
         return float(error_R.sum()), float(quadratic(tile.w_IR, hessian_II).sum())
