@@ -54,6 +54,7 @@ def by_dynamic(model: Any, config: dict[str, Any], tokens_BL: mx.array, args: ar
     found = dict(
         dynamic_quant.estimate_sensitivities(model, tokens_BL, *low, *high, gradient_checkpoint=args.checkpoint)
     )
+    model.set_dtype(args.stored)  # scales count as they are stored
     threshold = dynamic_quant.estimate_threshold(model, found, args.bpw, *low, *high)
 
     def chosen(path: str, module: Any) -> bool | dict[str, int]:
@@ -71,12 +72,12 @@ def main() -> None:
     args = _options()
     mx.random.seed(123)  # as their commands do
     model, tokenizer, config = load(args.model, return_config=True)
-    stored = model.layers[0].input_layernorm.weight.dtype
+    args.stored = model.layers[0].input_layernorm.weight.dtype
     model.set_dtype(mx.float32)
     samples = calibration(args.calibration, Text.load(args.model), args.samples, args.sequence_length, args.seed)
     print(f"{samples.label}, tokens' sha256 {samples.sha256[:12]}", file=sys.stderr)
     model, config = METHODS[args.method](model, config, mx.array(samples.tokens_BL), args)
-    model.set_dtype(stored)
+    model.set_dtype(args.stored)
     print(f"{compute_bits_per_weight(model):.3f} bits per weight", file=sys.stderr)
     save(args.out, args.model, model, tokenizer, config)
 
