@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from mlxquant.calibrate.gptq import NotPositive, corrected, gptq, output_error, prepare
+from mlxquant.calibrate.awq import awq
+from mlxquant.calibrate.fold import check, feeds
+from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream
 from mlxquant.calibrate.values import Chosen, Inputs
+from mlxquant.calibrate.wiring import wiring
 from mlxquant.codecs.encode import decode, encode
 from mlxquant.codecs.search import search
 from mlxquant.codecs.spec import KEEP
+from mlxquant.families.shape import ModelShape
 from mlxquant.plan.plan import PlannedTensor
 
 Array = np.ndarray[Any, Any]
@@ -24,6 +28,7 @@ Array = np.ndarray[Any, Any]
 # Float32 rows -> (codes, the error of min/max rounding).
 RowChooser = Callable[[Array], tuple[Chosen, float]]
 
+_CHECK_TOKENS = 32
 # An expert that saw fewer tokens than this is calibrated on what all experts of its layer saw.
 LEAST_EXPERT_TOKENS = 64
 
@@ -45,7 +50,8 @@ class Record:
 class Done:
     """One layer's choices, while the layer is at hand."""
 
-    def __init__(self, before: Layer, after: Layer, weights: dict[str, Array]) -> None:
+    def __init__(self, before: Layer, after: Layer, weights: dict[str, Array], notes: Sequence[str] = ()) -> None:
+        self.notes = notes
         self._layers = {FULL: before, QUANTIZED: after}
         self._weights = weights
         self.chosen: dict[str, Chosen] = {}
@@ -73,8 +79,10 @@ class Chooser:
     def layer(self, model: Layered, number: int, full: Stream, quantized: Stream) -> Done:
         """Stage by stage: what is chosen first is what the next stage's inputs come from. Raises SourceError."""
         weights = model.weights(number)
-        before, after = model.open(number, weights), model.open(number, weights)
-        done = Done(before, after, weights)
+        before = model.open(number, weights)
+        weights, notes = self._scaled(model, number, weights, quantized) if self.recipe.factors else (weights, ())
+        after = model.open(number, weights)
+        done = Done(before, after, weights, notes)
         for stage in after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if not wanted:
@@ -89,6 +97,26 @@ class Chooser:
                 done.chosen[tensor.name] = searched(tensor, by_rows(weights[tensor.name]))
                 after.put(tensor.name, done.chosen[tensor.name].values_OI.reshape(tensor.target.shape))
         return done
+
+    def _scaled(
+        self, model: Layered, number: int, weights: dict[str, Array], entering: Stream
+    ) -> tuple[dict[str, Array], tuple[str, ...]]:
+        """The layer's weights with AWQ's factors folded in, and what is to be said of them."""
+        shape = ModelShape.from_config(model.config)
+        wired = wiring({name: w.shape for name, w in weights.items()}, model.prefix(number), shape)
+        layer, moments = model.open(number, weights), dict[str, Moments]()
+        for _, hidden in entering.batches():
+            heard, _ = layer.heard(hidden)
+            for stage in layer.stages:
+                for name in stage:
+                    if name not in moments:
+                        experts = weights[name].shape[0] if weights[name].ndim == 3 else 0
+                        moments[name] = Moments(name, "squares", experts=experts, least_tokens=LEAST_EXPERT_TOKENS)
+                    moments[name].add(heard[stage[0]])
+        _, first = next(entering.batches(_CHECK_TOKENS))
+        hold, refused = check(model, number, weights, feeds(wired, weights, shape), first[:1, :_CHECK_TOKENS])
+        made = awq(weights, hold, moments, lambda name: model.tensors[name].codec, model.plan.dtype)
+        return made.weights, tuple(filter(None, (made.note, *refused)))
 
     def _moments(self, layer: Layer, stage: Sequence[str], entering: Stream, tensor: PlannedTensor) -> Moments:
         experts = tensor.target.shape[0] if len(tensor.target.shape) == 3 else 0
@@ -150,12 +178,15 @@ class Chooser:
         """(codes, the error of min/max rounding) under one Hessian."""
         return self.prepared(tensor, hessian_II, cross_II)(w_OI)
 
+    def _ready(self, hessian_II: Array, tensor: PlannedTensor) -> Prepared:
+        return prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
+
     def prepared(self, tensor: PlannedTensor, hessian_II: Array, cross_II: Array | None = None) -> RowChooser:
         """The same for row chunks of one matrix."""
         wanted = self.recipe.codes == "gptq" and tensor.codec.mode == "affine"
         note = ""
         try:
-            ready = prepare(hessian_II, damping=self.recipe.damping) if wanted else None
+            ready = self._ready(hessian_II, tensor) if wanted else None
         except NotPositive as error:
             ready, note = None, str(error)
 

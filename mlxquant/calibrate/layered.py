@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.values import Inputs
 from mlxquant.codecs.floats import cast, widen
 from mlxquant.convert.gather import chunks, rows
@@ -25,6 +26,7 @@ from mlxquant.measure.changes import put
 from mlxquant.measure.forward import Split, Tap
 from mlxquant.measure.layers import layers_of
 from mlxquant.plan.plan import Plan, PlannedTensor
+from mlxquant.plan.untied import untied_config
 from mlxquant.run.cache import plan_cache
 from mlxquant.run.model import LoadedModel, refuse
 from mlxquant.tensors import DTYPES
@@ -36,15 +38,16 @@ NOT_LAYERED = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
 
 
 class Layered:
-    """source: where rows come from. plan: says what they become; its config, where a transform changed it.
+    """source: where rows come from. plan: says what they become. rotation: what they are given to first; the plan is
+    then the rotated model's.
 
     count: layers. width: of the hidden states. tensors: the plan's, by name.
     Raises UnsupportedError for a family whose layers cannot be run one by one.
     """
 
-    def __init__(self, source: OpenSource, plan: Plan, config: Mapping[str, Any] | None = None) -> None:
-        self.config = dict(config if config is not None else source.config)
-        self.source, self.plan = source, plan
+    def __init__(self, source: OpenSource, plan: Plan, rotation: Rotation | None = None) -> None:
+        self.config = dict(untied_config(source.config) if rotation else source.config)
+        self.source, self.plan, self._rotation = source, plan, rotation
         self.tensors = {t.name: t for t in plan.tensors}
         refuse(self.config, source.path)
         if plan.model_type in NOT_LAYERED:
@@ -76,7 +79,19 @@ class Layered:
 
     def weights(self, layer: int) -> dict[str, Array]:
         """Float32, as the plan's dtype rounds them. Raises SourceError when a file is short."""
-        return {t.name: whole(self.source, t) for t in self.of_layer(layer)}
+        made = {t.name: whole(self.source, t) for t in self.of_layer(layer)}
+        return self._rotation.layer(layer, made) if self._rotation else made
+
+    def rows(self, tensor: PlannedTensor, start: int, stop: int) -> Array:
+        """Of a tensor outside the layers: float32 (stop - start, width). Raises SourceError when a file is short."""
+        values, rotation = some_rows(self.source, tensor, start, stop), self._rotation
+        if rotation is None or not DTYPES[tensor.target.dtype].floating:
+            return values
+        if tensor.name == rotation.embedding_name:
+            return rotation.embedding(values)
+        if tensor.name == rotation.head_name:
+            return rotation.head(values, whole(self.source, self.tensors[rotation.norm_name]))
+        return rotation.final_norm[None] if tensor.name == rotation.norm_name else values
 
     def open(self, layer: int, weights: Mapping[str, Array]) -> Layer:
         """The layer with these weights, which nothing else holds."""
@@ -91,7 +106,7 @@ class Layered:
         for start, stop in chunks(tensor.target):
             wanted = ids_U[(ids_U >= start) & (ids_U < stop)]
             if len(wanted):
-                values = some_rows(self.source, tensor, start, stop)
+                values = self.rows(tensor, start, stop)
                 parts.append((change(values) if change else values)[wanted - start])
         return np.concatenate(parts)
 
@@ -157,7 +172,8 @@ class Layered:
 
         for tensor in self.outside():
             if len(tensor.target.shape) < 2:
-                model = put(model, self._inner(tensor.name), mx.array(whole(self.source, tensor)))
+                values = self.rows(tensor, 0, 1).reshape(tensor.target.shape)
+                model = put(model, self._inner(tensor.name), mx.array(values))
         return model
 
 

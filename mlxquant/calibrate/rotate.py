@@ -10,7 +10,7 @@ run it. What a family does otherwise is told by wiring.py; Rotation.check runs b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +19,11 @@ from mlxquant.calibrate.orthogonal import spreading, times
 from mlxquant.calibrate.wiring import Values, Wiring, wiring
 from mlxquant.errors import UnsupportedError
 from mlxquant.families.known import FACTS
-from mlxquant.families.layout import Layout
 from mlxquant.families.mlx_modules import FAMILIES
-from mlxquant.families.roles import Role, assign_roles
+from mlxquant.families.roles import Role
 from mlxquant.families.shape import ModelShape
-from mlxquant.plan.plan import Basis, Plan
+from mlxquant.plan.plan import Plan
+from mlxquant.plan.untied import head_name
 
 if TYPE_CHECKING:
     from mlxquant.calibrate.layered import Layered
@@ -70,7 +70,7 @@ class Rotation:
         wired = tuple(wiring(own, f"{at}.{i}.", model) for i, own in enumerate(by_layer))
         _refuse(model, wired, by_layer)
         embedding = next(t.name for t in plan.tensors if t.role == Role.EMBEDDING)
-        head, norm = _head_name(model), next((n for n, shape in outside.items() if shape == (model.hidden_size,)), "")
+        head, norm = head_name(model), next((n for n, shape in outside.items() if shape == (model.hidden_size,)), "")
         if other := outside.keys() - {embedding, head, norm}:
             raise _refusal(model.model_type, f"{min(other)} is not known to commute with a rotation")
         rng = np.random.default_rng(seed)
@@ -164,32 +164,6 @@ class Rotation:
         if name == values.output:
             made = times(made.reshape(heads), self.heads).reshape(made.shape)
         return made
-
-
-def rotated_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the rotated model: its embedding is no longer its output head."""
-    made = dict(config) | {"tie_word_embeddings": False}
-    if isinstance(config.get("text_config"), Mapping):
-        made["text_config"] = dict(config["text_config"]) | {"tie_word_embeddings": False}
-    return made
-
-
-def rotated_basis(basis: Basis) -> Basis:
-    """What plans of the rotated model are made from: with an output head of the embedding's rows, where there was none.
-    Its rows, too, are read as the layout says and then given to Rotation.
-    """
-    name, layout = _head_name(basis.shape), basis.layout
-    if all(t.name != name for t in layout.targets):
-        embedding = next(t for t in layout.targets if basis.roles[t.name] == Role.EMBEDDING)
-        dropped = tuple(pair for pair in layout.dropped if not pair[0].endswith("lm_head.weight"))
-        layout = Layout((*layout.targets, replace(embedding, name=name)), dropped)
-    config = rotated_config(basis.config)
-    model = ModelShape.from_config(config)
-    return Basis(config, model, layout, assign_roles(layout.targets, model))
-
-
-def _head_name(model: ModelShape) -> str:
-    return next((row.name for row in FAMILIES[model.module].root if "head" in row.when.split()), "lm_head.weight")
 
 
 def _refuse(model: ModelShape, wired: tuple[Wiring, ...], by_layer: list[dict[str, tuple[int, ...]]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 
 from mlxquant.calibrate.choose import Chooser, Record, RowChooser
-from mlxquant.calibrate.layered import Layered, some_rows
+from mlxquant.calibrate.layered import Layered
+from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Streams
 from mlxquant.calibrate.values import Samples
+from mlxquant.codecs.floats import narrow
 from mlxquant.convert.gather import chunks
 from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
-from mlxquant.convert.streaming import Silent as SilentBytes
-from mlxquant.convert.streaming import line
-from mlxquant.convert.to_mlx import stream
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
 from mlxquant.measure.runner import Silent, Watch
 from mlxquant.plan.plan import Plan, PlannedTensor
+from mlxquant.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
 
@@ -63,8 +63,8 @@ def to_mlx(
     resume: bool | None = None,
     restart: bool = False,
     force: bool = False,
+    rotation: Rotation | None = None,
     shard_bytes: int = LIMIT_BYTES,
-    small: Mapping[str, bytes] | None = None,
     watch: Watch | None = None,
 ) -> Written:
     """Writes the MLX folder `out`.
@@ -73,8 +73,8 @@ def to_mlx(
     missing, NaN in weights or activations), UnsupportedError (a family that cannot be run layer by layer), TargetError,
     and KeyboardInterrupt when the watch says so.
     """
-    model = Layered(source, plan)
-    small = small_files(source, plan) if small is None else small
+    model = Layered(source, plan, rotation)
+    small = small_files(source, plan, model.config)
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
     said = json.dumps([plan.digest(), shard_bytes, fingerprint(source), samples.sha256, chooser.recipe.to_json()])
     digest = hashlib.sha256(said.encode()).hexdigest()
@@ -83,7 +83,8 @@ def to_mlx(
         streams = Streams(work.partial / CALIBRATION, shape)
         job = _Job(model, work, streams, samples, chooser, watch or Silent())
         job.run()
-        facts = {"text": samples.label, "sha256": samples.sha256, **chooser.recipe.to_json()}
+        transforms = [*(["rotation"] if rotation else []), *(["factors"] if chooser.recipe.factors else [])]
+        facts = {"text": samples.label, "sha256": samples.sha256, "transforms": transforms, **chooser.recipe.to_json()}
         for name, data in {**small, INDEX: index_json(shards, plan.size)}.items():
             work.write_file(name, data)
         account = facts | {"tensors": [asdict(record) for record in job.records]}
@@ -153,10 +154,9 @@ class _Job:
             if tensor.codec.quantized and tensor.name != embedding.name:
                 full, quantized = self._streams.of(FULL, last), self._streams.of(QUANTIZED, last)
                 self._rows(tensor, self._chooser.head(self._model, tensor, full, quantized))
-        with line() as threads:
-            for tensor in self._model.plan.tensors:
-                if not self._work.done(tensor.name):
-                    stream(self._model.source, tensor, self._work, SilentBytes(), threads)
+        for tensor in self._model.outside():
+            if not tensor.codec.quantized:
+                self._write(tensor, ((self._stored(tensor, *part),) for part in chunks(tensor.target)))
 
     # -- writing
 
@@ -166,7 +166,7 @@ class _Job:
 
         def parts() -> Iterator[tuple[Array, ...]]:
             for start, stop in chunks(tensor.target, ROWS_BYTES):
-                chosen, rounding = choose(some_rows(self._model.source, tensor, start, stop))
+                chosen, rounding = choose(self._model.rows(tensor, start, stop))
                 errors.append((rounding, chosen.error, chosen.note))
                 yield chosen.parts
 
@@ -176,6 +176,11 @@ class _Job:
         self.records.append(
             Record(tensor.name, tensor.codec.label, mean(roundings), mean(found), self._tokens_BL.size, note)
         )
+
+    def _stored(self, tensor: PlannedTensor, start: int, stop: int) -> Array:
+        """Rows of what stays as it is."""
+        values = self._model.rows(tensor, start, stop)
+        return narrow(values, tensor.dtype) if DTYPES[tensor.dtype].floating else values
 
     def _write(self, tensor: PlannedTensor, arrays: Iterable[tuple[Array, ...]]) -> None:
         names, done = [part.name for part in tensor.parts], self._work.done(tensor.name)

@@ -69,7 +69,8 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     section=MLX,
     type=click.Choice(METHODS),
     help="Who chooses codes, scales and biases. rtn: the range of each group, rounding to nearest, as mlx_lm.convert; "
-    "search: least squared error, in the same arrays; awq, gptq, best: by text, see below.  [default: rtn]",
+    "search: least squared error, in the same arrays; awq, gptq, best: by text, see below.  [default: search; "
+    "rtn for uniform, mixed_*, nvfp4 and mxfp8]",
 )
 @click.option(
     "--dtype",
@@ -131,6 +132,14 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     help="llama.cpp's name of the pre-tokenizer, where tokenizer.json does not tell.",
 )
 @click.option("--modelfile", cls=SectionOption, section=GGUF, is_flag=True, help="Write Ollama's Modelfile beside it.")
+@click.option(
+    "--rotate",
+    cls=SectionOption,
+    section=TEXT,
+    is_flag=True,
+    help="Put the residual stream and the value heads into another basis first: the same function, fewer outliers. A "
+    "tied head becomes a matrix of its own.",
+)
 @calibration_options(TEXT)
 @click.option(
     "--device",

@@ -31,26 +31,26 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
     prepare(options["device"])  # before mlx is imported
     from mlxquant.calibrate.choose import Chooser
     from mlxquant.calibrate.recipes import RECIPES
+    from mlxquant.calibrate.rotate import Rotation
     from mlxquant.calibrate.to_mlx import to_mlx
-    from mlxquant.convert.sidecars import small_files
 
-    small = small_files(opened, plan)
     began = time.perf_counter()
     with stopped_in_one_line(out), watching() as watch:
         samples = samples_of(opened.path, options, watch)
         if not wish.as_json:
             print_summary(plan)
             click.echo(f"Calibrating with {samples.label}")
+        rotation = Rotation.of(opened.config, plan, options["seed"]) if plan.settings.rotate else None
         written = to_mlx(
             opened,
             plan,
             out,
             samples,
             Chooser(RECIPES[plan.settings.method]),
+            rotation=rotation,
             resume=wish.resume or None,
             restart=wish.restart,
             force=wish.force,
-            small=small,
             watch=watch,
         )
     seconds, peak = time.perf_counter() - began, peak_memory_bytes()

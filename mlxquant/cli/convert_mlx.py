@@ -49,7 +49,8 @@ def convert_mlx(wish: Wish, out: Path | None, options: Mapping[str, Any], format
 
 def calibrated(wanted: Settings, options: Mapping[str, Any]) -> bool:
     """Whether codes are chosen by text: search does without, unless text is named."""
-    return wanted.method not in (RTN, SEARCH) or (wanted.method == SEARCH and options["calibration"] is not None)
+    named = wanted.rotate or options["calibration"] is not None
+    return wanted.method not in (RTN, SEARCH) or (wanted.method == SEARCH and named)
 
 
 def mlx_settings(options: Mapping[str, Any], quantized: Mapping[str, str], formatted: bool) -> Settings:
@@ -65,6 +66,7 @@ def mlx_settings(options: Mapping[str, Any], quantized: Mapping[str, str], forma
         sets=options["sets"],
         requantize=options["allow_requantize"],
         method=options["method"],
+        rotate=options["rotate"],
     )
 
 
@@ -104,8 +106,8 @@ def run(opened: OpenSource, plan: Plan, out: Path, wish: Wish) -> None:
 
 def print_summary(plan: Plan) -> None:
     click.echo(
-        f"{plan.model_type}: {format_count(plan.size)} weights, {plan.settings.recipe} recipe, {plan.base.label} -> "
-        f"{format_bytes(plan.nbytes)}, {plan.bpw:.2f} bits per weight"
+        f"{plan.model_type}: {format_count(plan.size)} weights, {plan.settings.recipe} recipe, {plan.base.label} by "
+        f"{plan.settings.method} -> {format_bytes(plan.nbytes)}, {plan.bpw:.2f} bits per weight"
     )
     for remark in plan.remarks:
         click.echo(f"  note: {remark}")

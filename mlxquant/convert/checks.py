@@ -72,7 +72,10 @@ class Written:
         codecs = tuple((name, codec) for name, codec in s.get("codecs", ()))
         method = s.get("method", RTN)
         again = bool(s.get("requantize", False))
-        return settings(**wanted, dtype=dtype, sets=sets, requantize=again, codecs=codecs, method=method)
+        rotate = bool(s.get("rotate", False))
+        return settings(
+            **wanted, dtype=dtype, sets=sets, requantize=again, codecs=codecs, method=method, rotate=rotate
+        )
 
     @property
     def promise(self) -> Promise:

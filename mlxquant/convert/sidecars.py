@@ -114,11 +114,13 @@ def written_sidecars(files: Mapping[str, bytes], ends: Ends) -> dict[str, bytes]
     return written
 
 
-def small_files(source: Described, plan: Plan) -> dict[str, bytes]:
-    """Everything beside the weights, index and manifest: the sidecars and config.json."""
+def small_files(source: Described, plan: Plan, changed: dict[str, Any] | None = None) -> dict[str, bytes]:
+    """Everything beside the weights, index and manifest: the sidecars and config.json. changed: the source's config,
+    where the model is no longer what it says.
+    """
     files = source.sidecars()
     ends = ends_of(source.config, files)
-    config = config_json(source.config, ends, plan, source.origin)
+    config = config_json(changed or source.config, ends, plan, source.origin)
     return written_sidecars(files, ends) | {"config.json": config}
 
 

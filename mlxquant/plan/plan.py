@@ -21,6 +21,7 @@ from mlxquant.families.shape import ModelShape
 from mlxquant.plan import recipe as recipes
 from mlxquant.plan import repacking
 from mlxquant.plan.recipe import MIXED, REPACK, Settings
+from mlxquant.plan.untied import untied_config, with_head
 from mlxquant.tensors import DTYPES, FLOAT_CODES, TensorSpec
 
 
@@ -139,13 +140,21 @@ class Basis:
     roles: Mapping[str, Role]
 
 
-def lay_out(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> Basis:
-    """Raises UnsupportedError (unknown family, tensor or quantization scheme) and SourceError (config and headers do
-    not agree), naming the tensors and the next step."""
+def lay_out(config: dict[str, Any], specs: Mapping[str, TensorSpec], untie: bool = False) -> Basis:
+    """untie: the model gets an output head of its own, as a rotation needs.
+
+    Raises UnsupportedError (unknown family, tensor or quantization scheme) and SourceError (config and headers do not
+    agree), naming the tensors and the next step.
+    """
     refuse_quantized_source(config)
     shape = ModelShape.from_config(config)
     laid_out = mlx_layout(config, specs)
-    return Basis(config, shape, laid_out, assign_roles(laid_out.targets, shape))
+    roles = assign_roles(laid_out.targets, shape)
+    if untie:
+        config, laid_out = untied_config(config), with_head(laid_out, roles, shape)
+        shape = ModelShape.from_config(config)
+        roles = assign_roles(laid_out.targets, shape)
+    return Basis(config, shape, laid_out, roles)
 
 
 def make_plan(
@@ -159,7 +168,7 @@ def make_plan(
     Raises UnsupportedError (unknown family, tensor or quantization scheme), SourceError (config and headers do not
     agree) and PlanError (what was asked cannot be done), each naming the tensors and the next step.
     """
-    return choose(lay_out(config, specs), settings, quantized)
+    return choose(lay_out(config, specs, untie=settings.rotate), settings, quantized)
 
 
 def choose(basis: Basis, settings: Settings, quantized: Mapping[str, str] | None = None) -> Plan:

@@ -29,13 +29,15 @@ RTN, SEARCH = "rtn", "search"
 METHODS = (RTN, SEARCH, "awq", "gptq", "best")
 SEARCHED_MODES = ("affine", "mxfp4")
 SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
+_WHERE_GIVEN = ("sets", "codecs", "method", "rotate")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for. `dtype` is a dtype code or None (the source's); `sets` are tried in order. `requantize`:
     weights that are quantized already may be quantized once more. `codecs`: of tensors by their whole name, as a bit
-    budget gives them (budget.py); what they name they decide alone. `method`: one of METHODS."""
+    budget gives them (budget.py); what they name they decide alone. `method`: one of METHODS. `rotate`: the residual
+    stream and value heads are put into another basis first."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -46,15 +48,18 @@ class Settings:
     requantize: bool = False
     codecs: tuple[tuple[str, Codec], ...] = field(default=())
     method: str = RTN
+    rotate: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, codecs by their labels. `codecs` only where there are any and `method` where it is not rtn:
-        digests of old plans stay.
+        """Plain values, codecs by their labels. `codecs` and `rotate` only where there are any and `method` where it is
+        not rtn: digests of old plans stay.
         """
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sets", "codecs", "method")}
-        pairs = {"sets": [[pattern, codec.label] for pattern, codec in self.sets]}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _WHERE_GIVEN}
+        pairs: dict[str, Any] = {"sets": [[pattern, codec.label] for pattern, codec in self.sets]}
         if self.codecs:
             pairs["codecs"] = [[name, codec.label] for name, codec in self.codecs]
+        if self.rotate:
+            pairs["rotate"] = True
         return plain | pairs | ({} if self.method == RTN else {"method": self.method})
 
     @property
@@ -82,6 +87,7 @@ def settings(
     requantize: bool = False,
     codecs: tuple[tuple[str, str], ...] = (),
     method: str | None = None,
+    rotate: bool = False,
 ) -> Settings:
     """Settings from the command line's words; every contradiction is a UsageError here."""
     if mode not in MODES or recipe not in RECIPES:
@@ -103,7 +109,10 @@ def settings(
     code = FLOAT_CODES[dtype] if dtype else None
     exact = tuple((name, parse_codec(label)) for name, label in codecs)
     chosen = _method(method, recipe, mode)
-    made = Settings(bits, group_size, mode, recipe, code, tuple(map(_parse_set, sets)), requantize, exact, chosen)
+    patterns = tuple(map(_parse_set, sets))
+    made = Settings(bits, group_size, mode, recipe, code, patterns, requantize, exact, chosen, rotate)
+    if rotate and chosen == RTN:
+        raise UsageError("--rotate is for methods that look at the model, and rtn does not", hint="add --method gptq")
     _ = made.base  # says now what could not be done
     return made
 
@@ -111,7 +120,7 @@ def settings(
 def _method(method: str | None, recipe: str, mode: str) -> str:
     """uniform and the mixed recipes promise mlx-lm's bytes, so nothing but rtn unasked."""
     if method is None:
-        return RTN
+        return SEARCH if recipe == "balanced" and mode in SEARCHED_MODES else RTN
     if method not in METHODS:
         raise UsageError(f"--method {method!r} is unknown", hint=f"one of {METHODS}")
     if recipe == REPACK and method != RTN:

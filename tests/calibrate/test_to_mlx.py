@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.calibrate.choose import Chooser
 from mlxquant.calibrate.recipes import RECIPES
+from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.text import calibration
 from mlxquant.calibrate.to_mlx import CALIBRATION, to_mlx
 from mlxquant.convert.checks import check_folder
@@ -19,6 +21,7 @@ from mlxquant.plan.plan import make_plan
 from mlxquant.plan.recipe import settings
 from mlxquant.run.model import load_model
 from mlxquant.run.text import Text
+from tests.tiny import make
 
 
 def convert(folder, out, method="gptq", bits=4, watch=None, samples=8, **settings_):
@@ -97,3 +100,20 @@ def test_the_manifest_tells_the_text_and_every_weight_s_error(trained_dense, tmp
 def test_every_width_has_its_codes(trained_dense, tmp_path, bits):
     written = convert(trained_dense, tmp_path / "out", bits=bits)
     assert all(r.error < r.rounding for r in written.records if r.rounding)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rotated_model_says_what_it_said_until_it_is_rounded(tmp_path, tied):
+    folder = make(tmp_path / "tiny", "llama", dtype="float32", tied=tied)
+    source = open_source(folder)
+    wanted = settings(recipe="uniform", method="gptq", bits=8, group_size=32, rotate=True)
+    plan = make_plan(source.config, source.specs, wanted)
+    samples = calibration("builtin", Text.load(folder), 8, 64, 0)
+    rotation = Rotation.of(source.config, plan)
+    out = to_mlx(source, plan, tmp_path / "out", samples, Chooser(RECIPES["gptq"]), rotation=rotation).out
+    before, after = (load_model(path, expand="on").model for path in (folder, out))
+    tokens = mx.array(samples.tokens_BL[:1])
+    difference = mx.abs(after(tokens) - before(tokens)).max() / mx.abs(before(tokens)).max()
+    assert difference.item() < 0.05  # 8 bits of random weights
+    assert np.allclose(np.array(after.model.norm.weight), 1)
+    assert [check for check in check_folder(out, source) if not check.ok] == []
