@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
     opened = open_source(source)
-    plan = make_plan(opened.config, opened.specs, settings(bits=4, group_size=32))
+    plan = make_plan(opened.config, opened.specs, settings(bits=4, group_size=32, method="rtn"))
     return to_mlx(opened, plan, tmp_path_factory.mktemp("out") / "model")
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from mlxquant.convert.checks import open_written
-from mlxquant.measure.agree import LIMIT_NATS, agreement
+from mlxquant.convert.weight_checks import Promise
+from mlxquant.measure.agree import LIMIT_NATS, LIMIT_TIMES, agreement
 from mlxquant.run.device import prepare
 from tests.cli.runner import mlxquant, refused
 from tests.tiny import make
 
 
 def agree(source, output):
-    return agreement(source, output, prepare("cpu"), open_written(output).stored)
+    written = open_written(output)
+    return agreement(source, output, prepare("cpu"), written.stored, written.promise)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,8 @@ def test_another_model_is_far(pair, tmp_path):
     ("family", "dtype", "options"),
     [
         ("llama", "float32", ["--bits", "2", "--group-size", "32", "--dtype", "bfloat16"]),
-        ("llama", "bfloat16", ["--mode", "mxfp4"]),
+        ("llama", "float16", ["--mode", "mxfp4"]),
+        ("llama", "bfloat16", ["--bits", "4", "--method", "rtn"]),
         ("qwen3_moe", "bfloat16", ["--bits", "3", "--set", "down_proj=keep"]),
         ("deepseek_v3", "bfloat16", ["--mode", "nvfp4", "--recipe", "uniform"]),
         ("qwen3_next", "bfloat16", ["--recipe", "uniform"]),
@@ -112,20 +116,18 @@ def test_verify_json(pair):
     assert all(checks.values())
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "options"),
-    [
-        ("llama", "float32", ["--bits", "2", "--group-size", "32", "--dtype", "bfloat16"]),
-        ("llama", "float16", ["--mode", "mxfp4"]),
-        ("qwen3_moe", "bfloat16", ["--bits", "3", "--set", "down_proj=keep"]),
-    ],
-)
-def test_searched_codes_are_searched_anew(family, dtype, options, tmp_path):
-    source = make(tmp_path / "source", family, dtype=dtype)
-    assert mlxquant("convert", source, "-o", tmp_path / "out", "--method", "search", *options).code == 0
-    written = open_written(tmp_path / "out")
-    found = agreement(source, tmp_path / "out", prepare("cpu"), written.stored, written.promise)
-    assert found.drift_nats < 1e-6
+def test_searched_codes_are_no_plain_rounding(tmp_path):
+    source = make(tmp_path / "source", "llama")
+    assert mlxquant("convert", source, "-o", tmp_path / "out", "--bits", "3").code == 0
+    assert agree(source, tmp_path / "out").ok
+    assert not agreement(source, tmp_path / "out", prepare("cpu"), open_written(tmp_path / "out").stored).ok
+
+
+def test_calibrated_codes_are_held_against_plain_rounding(pair):
+    """They cannot be made anew, so their bound is wider."""
+    source, out = pair
+    stored = open_written(out).stored
+    found = agreement(source, out, prepare("cpu"), stored, Promise("gptq", calibrated=True))
     assert found.ok
-    assert not agree(source, tmp_path / "out").ok, "as if by rtn"
-    assert mlxquant("verify", tmp_path / "out", "--source", source).code == 0
+    assert found.kl_nats < LIMIT_TIMES * found.rounding_nats + LIMIT_NATS
+    assert not replace(found, kl_nats=2 * found.rounding_nats + LIMIT_NATS).ok

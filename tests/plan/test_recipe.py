@@ -165,11 +165,38 @@ def test_layers_that_differ_are_declared(llama):
         {"sets": ("no-equals-sign",)},
         {"sets": ("([=8g32",)},
         {"sets": ("x=9g32",)},
+        {"method": "magic"},
+        {"method": "search", "mode": "nvfp4"},
+        {"method": "gptq", "recipe": "repack"},
     ],
 )
 def test_contradictions_are_usage_errors(wanted):
     with pytest.raises(UsageError):
         settings(**wanted)
+
+
+def test_who_chooses_codes_is_said_and_told_apart(llama):
+    """rtn is not said: digests of plans from before there was a choice stay."""
+    default, rtn = plan_for(llama), plan_for(llama, method="rtn")
+    assert default.to_json()["settings"]["method"] == "search"
+    assert "method" not in rtn.to_json()["settings"]
+    assert default.digest() == plan_for(llama, method="search").digest() != rtn.digest()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, "search"),
+        ({"mode": "mxfp4"}, "search"),
+        ({"mode": "nvfp4"}, "rtn"),
+        ({"recipe": "uniform"}, "rtn"),
+        ({"recipe": "mixed_3_6"}, "rtn"),
+        ({"recipe": "repack"}, "rtn"),
+        ({"recipe": "uniform", "method": "search"}, "search"),
+    ],
+)
+def test_what_promises_the_bytes_of_others_is_not_searched_unasked(wanted, expected):
+    assert settings(**wanted).method == expected
 
 
 @pytest.mark.parametrize(("width", "expected"), [(256, "4g128"), (192, "4g64"), (96, "4g32"), (80, "keep")])
