@@ -73,18 +73,20 @@ class Written:
         method = s.get("method", RTN)
         again = bool(s.get("requantize", False))
         rotate = bool(s.get("rotate", False))
-        return settings(
-            **wanted, dtype=dtype, sets=sets, requantize=again, codecs=codecs, method=method, rotate=rotate
-        )
+        return settings(**wanted, dtype=dtype, sets=sets, requantize=again, codecs=codecs, method=method, rotate=rotate)
 
     @property
     def promise(self) -> Promise:
-        """How codes were chosen, and so how near they must be."""
+        """How codes were chosen, and so how near they must be. What `best` did to the weights before is in the
+        manifest's calibration, as a list of names under "transforms".
+        """
         method, calibration = self.settings.method, self.manifest.get("calibration")
         searched_here = self.manifest["mlxquant"] == __version__
         if calibration is None and method in (RTN, SEARCH):
             return Promise(method, searched_here=searched_here)
-        transforms = tuple(map(str, (calibration or {}).get("transforms", ())))
+        said = list((calibration or {}).get("transforms", ()))
+        done = {*map(str, said), *(("rotate",) if self.settings.rotate else ()), *(("awq",) if method == "awq" else ())}
+        transforms = tuple(sorted(done))
         return Promise(method, True, transforms, searched_here)
 
 
