@@ -28,6 +28,21 @@ def _nearest(x, scale, bias, top):
 
 
 @jit
+def product(a_BB, x_BR):
+    """a @ x, of one group. So small that the BLAS's threads would wait for one another longer than this takes: many
+    times as long where other processes want the cores."""
+    columns, rows = x_BR.shape
+    out_BR = np.zeros((columns, rows), np.float32)
+    for i in range(columns):
+        out = out_BR[i]
+        for j in range(columns):
+            share, x = a_BB[i, j], x_BR[j]
+            for r in range(rows):
+                out[r] += share * x[r]
+    return out_BR
+
+
+@jit
 def round_columns(w_BR, target_BR, follow_BB, group_B, scale_GR, bias_GR, top, code_BR, error_BR):
     """The columns of a block in turn: code what each should be, and let the later ones make good what is left.
 

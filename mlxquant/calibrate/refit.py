@@ -140,13 +140,15 @@ def _improve_group(
     scale_R, bias_R = tile.scale_GR[g], tile.bias_GR[g]
     top = np.float32(2**codec.bits - 1)
     value_BR = tile.w_IR[group.columns] - error_BR
-    ideal_BR = value_BR + group.inverse_BB @ pull_BR
+    ideal_BR = value_BR + kernels.product(group.inverse_BB, pull_BR)
     best_R = np.zeros(len(scale_R))
     taken_BR = np.zeros_like(value_BR)
     for scale, bias in ((scale_R.copy(), bias_R.copy()), *_searched(ideal_BR, group, dtype_code, codec)):
         code = _round_within(ideal_BR, group, scale, bias, top)
         change_BR = (code * scale + bias) - value_BR
-        gain_R = (change_BR * (2 * pull_BR - group.hessian_BB @ change_BR)).sum(axis=0, dtype=np.float64)
+        gain_R = (change_BR * (2 * pull_BR - kernels.product(group.hessian_BB, change_BR))).sum(
+            axis=0, dtype=np.float64
+        )
         better = gain_R > best_R
         best_R[better] = gain_R[better]
         for into, found in ((code_BR, code), (taken_BR, change_BR)):
@@ -154,11 +156,11 @@ def _improve_group(
         for into, found in ((scale_R, scale), (bias_R, bias)):
             np.copyto(into, found, where=better)
     error_BR -= taken_BR
-    pull_BR -= group.hessian_BB @ taken_BR
-    spread_BR = group.hessian_BB @ code_BR
+    pull_BR -= kernels.product(group.hessian_BB, taken_BR)
+    spread_BR = kernels.product(group.hessian_BB, code_BR)
     kernels.refit_group(pull_BR, spread_BR, group.spread_B, KINDS[dtype_code], code_BR, scale_R, bias_R, taken_BR)
     error_BR -= taken_BR
-    pull_BR -= group.hessian_BB @ taken_BR
+    pull_BR -= kernels.product(group.hessian_BB, taken_BR)
     kernels.descend_group(pull_BR, group.hessian_BB, scale_R, bias_R, top, code_BR, error_BR)
 
 
