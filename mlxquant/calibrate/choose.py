@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream
+from mlxquant.calibrate.token_weights import Weights
 from mlxquant.calibrate.values import Chosen, Inputs
 from mlxquant.calibrate.wiring import wiring
 from mlxquant.codecs.encode import decode, encode
@@ -48,24 +51,27 @@ class Record:
 
 
 class Done:
-    """One layer's choices, while the layer is at hand."""
+    """One layer's choices, while the layer is at hand. before: as it is; after: with what has been chosen."""
 
     def __init__(self, before: Layer, after: Layer, weights: dict[str, Array], notes: Sequence[str] = ()) -> None:
-        self.notes = notes
-        self._layers = {FULL: before, QUANTIZED: after}
-        self._weights = weights
+        self.before, self.after, self.weights, self.notes = before, after, weights, notes
         self.chosen: dict[str, Chosen] = {}
         self.records: list[Record] = []
+
+    def choose(self, tensor: PlannedTensor, chosen: Chosen) -> None:
+        self.chosen[tensor.name] = chosen
+        self.after.put(tensor.name, chosen.values_OI.reshape(tensor.target.shape))
 
     def parts(self, tensor: PlannedTensor) -> tuple[Array, ...]:
         """What is stored of a tensor, rows first."""
         if tensor.name in self.chosen:
             return self.chosen[tensor.name].parts
-        return encode(by_rows(self._weights[tensor.name]), "F32", tensor.dtype, KEEP)
+        return encode(by_rows(self.weights[tensor.name]), "F32", tensor.dtype, KEEP)
 
     def run(self, kind: str, entering: Stream) -> Iterator[Array]:
+        layer = self.before if kind == FULL else self.after
         for _, hidden in entering.batches():
-            yield self._layers[kind].run(hidden)
+            yield layer.run(hidden)
 
 
 class Chooser:
@@ -74,29 +80,78 @@ class Chooser:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the streams that are looked at."""
+        return (FULL, QUANTIZED) if self.recipe.target else (QUANTIZED,)
+
     # -- one layer
 
-    def layer(self, model: Layered, number: int, full: Stream, quantized: Stream) -> Done:
-        """Stage by stage: what is chosen first is what the next stage's inputs come from. Raises SourceError."""
+    def layer(self, model: Layered, number: int, streams: Mapping[str, Stream], tokens: Weights) -> Done:
+        """Stage by stage: what is chosen first is what the next stage's inputs come from. tokens: how much each counts,
+        for the weights that it names. Raises SourceError.
+        """
         weights = model.weights(number)
         before = model.open(number, weights)
-        weights, notes = self._scaled(model, number, weights, quantized) if self.recipe.factors else (weights, ())
-        after = model.open(number, weights)
-        done = Done(before, after, weights, notes)
-        for stage in after.stages:
+        if self.recipe.factors:
+            weights, notes = self._scaled(model, number, weights, streams[QUANTIZED])
+        else:
+            notes = ()
+        done = Done(before, model.open(number, weights), weights, notes)
+        for stage in done.after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
-            if not wanted:
-                continue
-            hessian = self._moments(after, stage, quantized, wanted[0])
-            cross = self._cross(before, after, stage, full, quantized) if self.recipe.target else None
-            for tensor in wanted:
-                self._choose(done, tensor, weights[tensor.name], hessian, cross)
-                after.put(tensor.name, done.chosen[tensor.name].values_OI.reshape(tensor.target.shape))
+            if wanted:
+                self._stage(done, stage, wanted, streams, tokens)
         for tensor in model.of_layer(number):
             if tensor.codec.quantized and tensor.name not in done.chosen:
-                done.chosen[tensor.name] = searched(tensor, by_rows(weights[tensor.name]))
-                after.put(tensor.name, done.chosen[tensor.name].values_OI.reshape(tensor.target.shape))
+                done.choose(tensor, searched(tensor, by_rows(weights[tensor.name])))
         return done
+
+    def _stage(
+        self,
+        done: Done,
+        stage: Sequence[str],
+        wanted: Sequence[PlannedTensor],
+        streams: Mapping[str, Stream],
+        tokens: Weights,
+    ) -> None:
+        found = self._looked_at(done, stage, wanted, streams, tokens)
+        chosen = [(tensor, self._chosen(done, tensor, *found[tensor.name])) for tensor in wanted]
+        for tensor, choice in chosen:
+            done.choose(tensor, choice)
+
+    def _looked_at(
+        self,
+        done: Done,
+        stage: Sequence[str],
+        wanted: Sequence[PlannedTensor],
+        streams: Mapping[str, Stream],
+        tokens: Weights,
+    ) -> dict[str, tuple[Moments, Moments | None]]:
+        """Moments of the stage's inputs in the quantized stream, and with the full one's: for each weight its own where
+        tokens count for it as they do for no other. Of experts there are none between streams, which may send a token
+        to different ones.
+        """
+        experts = wanted[0].target.shape[0] if len(wanted[0].target.shape) == 3 else 0
+        apart = any(tensor.name in tokens for tensor in wanted)
+        crossed = bool(self.recipe.target) and not experts
+        found = {
+            tensor.name: (
+                Moments(tensor.name, "hessian", experts=experts, least_tokens=LEAST_EXPERT_TOKENS),
+                Moments(tensor.name, "cross") if crossed else None,
+            )
+            for tensor in (wanted if apart else wanted[:1])
+        }
+        was = streams[FULL].batches() if crossed else repeat((slice(0), None))
+        for (where, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
+            x = done.after.inputs(stage, states)
+            y = done.before.inputs(stage, full) if crossed else x
+            for name, (hessian, cross) in found.items():
+                count_N = tokens[name][where].reshape(-1) if name in tokens else None
+                hessian.add(x, count_N)
+                if cross:
+                    cross.add(y, count_N, other_NI=x.x_NI)
+        return {tensor.name: found[tensor.name if apart else wanted[0].name] for tensor in wanted}
 
     def _scaled(
         self, model: Layered, number: int, weights: dict[str, Array], entering: Stream
@@ -118,40 +173,18 @@ class Chooser:
         made = awq(weights, hold, moments, lambda name: model.tensors[name].codec, model.plan.dtype)
         return made.weights, tuple(filter(None, (made.note, *refused)))
 
-    def _moments(self, layer: Layer, stage: Sequence[str], entering: Stream, tensor: PlannedTensor) -> Moments:
-        experts = tensor.target.shape[0] if len(tensor.target.shape) == 3 else 0
-        found = Moments(stage[0], "hessian", experts=experts, least_tokens=LEAST_EXPERT_TOKENS)
-        for _, hidden in entering.batches():
-            found.add(layer.inputs(stage, hidden))
-        return found
-
-    def _cross(
-        self, before: Layer, after: Layer, stage: Sequence[str], full: Stream, quantized: Stream
-    ) -> Array | None:
-        """Moments between the streams; of experts none, as the two may send a token to different ones."""
-        found = Moments(stage[0], "cross")
-        for (_, was), (_, became) in zip(full.batches(), quantized.batches(), strict=True):
-            x, y = before.inputs(stage, was), after.inputs(stage, became)
-            if x.expert_N is not None:
-                return None
-            found.add(x, other_NI=y.x_NI)
-        return found.mean()
-
-    def _choose(self, done: Done, tensor: PlannedTensor, w: Array, moments: Moments, cross: Array | None) -> None:
+    def _chosen(self, done: Done, tensor: PlannedTensor, moments: Moments, cross: Moments | None) -> Chosen:
+        w = done.weights[tensor.name]
         if moments.experts:
-            pieces, fallbacks = [], 0
-            for expert, w_OI in enumerate(w):
-                hessian_II, fallback = moments.for_expert(expert)
-                pieces.append(self.weight(tensor, w_OI, hessian_II))
-                fallbacks += fallback
-            chosen = joined([piece for piece, _ in pieces])
-            rounding = float(np.mean([r for _, r in pieces]))
-            note = f"{fallbacks} of {moments.experts} experts saw too little text" if fallbacks else chosen.note
+            pieces = [self.weight(tensor, w_OI, moments.for_expert(e)[0]) for e, w_OI in enumerate(w)]
+            chosen, before = joined([piece for piece, _ in pieces]), fmean(r for _, r in pieces)
+            few = len(moments.fallbacks)
+            note = f"{few} of {moments.experts} experts saw too little text" if few else chosen.note
         else:
-            chosen, rounding = self.weight(tensor, w, moments.mean(), cross)
+            chosen, before = self.weight(tensor, w, moments.mean(), cross.mean() if cross else None)
             note = chosen.note
-        done.chosen[tensor.name] = chosen
-        done.records.append(Record(tensor.name, tensor.codec.label, rounding, chosen.error, moments.tokens, note))
+        done.records.append(Record(tensor.name, tensor.codec.label, before, chosen.error, moments.tokens, note))
+        return chosen
 
     # -- the vocabulary's matrices
 
@@ -159,15 +192,15 @@ class Chooser:
         """Of the embedding: its rows are added to the stream as they are, each column as good as any other."""
         return lambda w_OI: (searched(tensor, w_OI), 0.0)
 
-    def head(self, model: Layered, tensor: PlannedTensor, full: Stream, quantized: Stream) -> RowChooser:
+    def head(self, model: Layered, tensor: PlannedTensor, streams: Mapping[str, Stream]) -> RowChooser:
         """Of the output head, by what leaves the trunk."""
-        hessian = Moments(tensor.name, "hessian")
-        cross = Moments(tensor.name, "cross")
-        for (_, was), (_, became) in zip(full.batches(), quantized.batches(), strict=True):
-            y = by_rows(np.array(model.finish(became)))
-            hessian.add(Inputs(y))
-            if self.recipe.target:
-                cross.add(Inputs(by_rows(np.array(model.finish(was)))), other_NI=y)
+        hessian, cross = Moments(tensor.name, "hessian"), Moments(tensor.name, "cross")
+        was = streams[FULL].batches() if self.recipe.target else repeat((slice(0), None))
+        for (_, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
+            x = by_rows(np.array(model.finish(states)))
+            hessian.add(Inputs(x))
+            if full is not None:
+                cross.add(Inputs(by_rows(np.array(model.finish(full)))), other_NI=x)
         return self.prepared(tensor, hessian.mean(), cross.mean() if self.recipe.target else None)
 
     # -- one weight

@@ -14,7 +14,7 @@ One layer is in memory at a time: what enters each was kept in a file on the way
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,9 @@ def backwards(
     is asked for. A layer's weights are let go when the next Part is asked for; its own may be changed before.
     """
     head, table = model.head(), model.embedding()
-    slopes, of_head = _behind(model, _first(kept[-1], len(tokens_SL)), rows[head.name], seed)
+    last = enumerate(_first(kept[-1], len(tokens_SL)))
+    pairs = list(behind(model, ((slice(i, i + 1), states) for i, states in last), rows[head.name], seed))
+    slopes, of_head = [slope for slope, _ in pairs], np.stack([by_row for _, by_row in pairs])
     if head.name != table.name:
         yield Part({head.name: of_head}, None, kept[-1])
     for number in reversed(range(model.count)):
@@ -124,16 +126,19 @@ def _first(stream: Stream, count: int) -> list[Array]:
     return found[:count]
 
 
-def _behind(model: Layered, hidden: list[Array], rows: Rows, seed: int) -> tuple[list[Array], Array]:
-    """Slopes of sum log p(y) by what leaves the last layer, and by some rows of the head, some tokens at a time."""
+def behind(
+    model: Layered, leaving: Iterable[tuple[slice, Array]], rows: Rows, seed: int
+) -> Iterator[tuple[Array, Array]]:
+    """Slopes of sum log p(y) by what leaves the last layer, (1, L, H), and by some rows of the head, (R, H), of each
+    sample; some tokens at a time. leaving: (which sample, (1, L, H)).
+    """
     import mlx.core as mx
 
     values_VH, index = mx.array(whole(model.source, model.head())), mx.array(rows.index_R)
-    slopes, found = [], []
-    for sample, states in enumerate(hidden):
+    for sample, states in leaving:
         parts, sums = [], mx.zeros((len(rows.index_R), values_VH.shape[1]))
         for start in range(0, states.shape[1], _HEAD_TOKENS):
-            key = mx.random.key(seed + 1_000_003 * sample + start)
+            key = mx.random.key(seed + 1_000_003 * sample.start + start)
 
             def said(part_1TH: Any, probe_RH: Any, key: Any = key) -> Any:
                 logits = model.logits(part_1TH, lambda module: _Probed(module, values_VH, index, probe_RH))
@@ -144,9 +149,7 @@ def _behind(model: Layered, hidden: list[Array], rows: Rows, seed: int) -> tuple
             sums = sums + by_row
             mx.eval(by_hidden, sums)
             parts.append(np.array(by_hidden))
-        slopes.append(np.concatenate(parts, axis=1))
-        found.append(np.array(sums))
-    return slopes, np.stack(found)
+        yield np.concatenate(parts, axis=1), np.array(sums)
 
 
 def _log_of_drawn(logits_1TV: Any, key: Any) -> Any:

@@ -14,7 +14,8 @@ class Recipe:
 
     codes: 'search' (each column weighted by its mean square) or 'gptq' (the whole Hessian). damping: of the Hessian's
     mean diagonal. target: how much of what the layers before did wrong is made good, 0 to 1. rounds: of descending
-    codes and refitting scales and biases. factors: AWQ's, folded into what feeds a linear layer.
+    codes and refitting scales and biases. factors: AWQ's, folded into what feeds a linear layer. tokens: count by what
+    an error there costs (token_weights.py), which takes the model backwards once.
     """
 
     method: str
@@ -23,6 +24,7 @@ class Recipe:
     target: float = 0.0
     rounds: int = 2
     factors: bool = False
+    tokens: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -34,6 +36,6 @@ RECIPES = {
         Recipe(SEARCH, codes="search"),
         Recipe("awq", codes="search", factors=True),
         Recipe("gptq"),
-        Recipe("best", target=1.0),
+        Recipe("best", target=1.0, tokens=True),
     )
 }

@@ -74,6 +74,9 @@ class Streams:
     def of(self, kind: str, layer: int) -> Stream:
         return Stream(self.folder / f"{kind}-{layer:04}.f32", self.shape)
 
+    def all_of(self, layer: int) -> dict[str, Stream]:
+        return {kind: self.of(kind, layer) for kind in self.kinds}
+
     def finish(self, layer: int, sha256: dict[str, str], records: list[dict[str, Any]]) -> None:
         """What enters `layer` is whole. records: what is to be told of all layers before it. Drops older states."""
         value = {"sha256": sha256, "records": records}

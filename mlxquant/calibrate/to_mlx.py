@@ -21,7 +21,8 @@ import numpy as np
 from mlxquant.calibrate.choose import Chooser, Record, RowChooser
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.rotate import Rotation
-from mlxquant.calibrate.streams import FULL, QUANTIZED, Streams
+from mlxquant.calibrate.streams import QUANTIZED, Streams
+from mlxquant.calibrate.token_weights import Weights, token_weights
 from mlxquant.calibrate.values import Samples
 from mlxquant.codecs.floats import narrow
 from mlxquant.convert.gather import chunks
@@ -80,7 +81,7 @@ def to_mlx(
     digest = hashlib.sha256(said.encode()).hexdigest()
     with Workspace.open(out, digest, shards, source=source.path, resume=resume, restart=restart, force=force) as work:
         shape = (*samples.tokens_BL.shape, model.width)
-        streams = Streams(work.partial / CALIBRATION, shape)
+        streams = Streams(work.partial / CALIBRATION, shape, chooser.kinds)
         job = _Job(model, work, streams, samples, chooser, watch or Silent())
         job.run()
         transforms = [*(["rotation"] if rotation else []), *(["factors"] if chooser.recipe.factors else [])]
@@ -104,6 +105,7 @@ class _Job:
     def run(self) -> None:
         first, records = self._streams.resume()
         self.records = [Record(**record) for record in records]
+        tokens = self._token_weights() if self._chooser.recipe.tokens else {}
         self._watch.stage(f"Choosing codes by {self._chooser.recipe.method}", self._model.count + 2, "layers")
         if first < 0:
             self._begin()
@@ -112,10 +114,23 @@ class _Job:
         for number in range(first, self._model.count):
             if self._watch.stopped():
                 raise Stopped
-            self._layer(number)
+            self._layer(number, tokens)
             self._watch.advance(1)
         self._end()
         self._watch.advance(1)
+
+    def _token_weights(self) -> Weights:
+        steps, done = 2 * self._model.count, 0
+        self._watch.stage("Asking which tokens matter", steps, "layers")
+
+        def told(now: int, of: int) -> None:
+            nonlocal done
+            self._watch.advance(now - done)
+            done = now
+            if self._watch.stopped():
+                raise Stopped
+
+        return token_weights(self._model, self._tokens_BL, self._streams.folder, told)
 
     # -- before the first layer
 
@@ -127,8 +142,9 @@ class _Job:
             self._rows(tensor, choose)
         ids_U, places = np.unique(self._tokens_BL, return_inverse=True)
         places_BL, sums = places.reshape(self._tokens_BL.shape), {}
-        changes = {FULL: None, QUANTIZED: (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None}
-        for kind, change in changes.items():
+        changed = (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None
+        for kind in self._streams.kinds:
+            change = changed if kind == QUANTIZED else None
             table_UH = self._model.table(ids_U, change)
             parts = (self._model.embed_rows(places_L[None], table_UH) for places_L in places_BL)
             sums[kind] = self._streams.of(kind, 0).write(parts)
@@ -136,24 +152,23 @@ class _Job:
 
     # -- one layer
 
-    def _layer(self, number: int) -> None:
-        entering = {kind: self._streams.of(kind, number) for kind in (FULL, QUANTIZED)}
-        done = self._chooser.layer(self._model, number, entering[FULL], entering[QUANTIZED])
+    def _layer(self, number: int, tokens: Weights) -> None:
+        entering = self._streams.all_of(number)
+        done = self._chooser.layer(self._model, number, entering, tokens)
         for tensor in self._model.of_layer(number):
             self._write(tensor, [done.parts(tensor)])
         self.records += done.records
-        leaving = {kind: self._streams.of(kind, number + 1) for kind in (FULL, QUANTIZED)}
+        leaving = self._streams.all_of(number + 1)
         sums = {kind: leaving[kind].write(done.run(kind, entering[kind])) for kind in leaving}
         self._streams.finish(number + 1, sums, self._told())
 
     # -- behind the last
 
     def _end(self) -> None:
-        last, embedding = self._model.count, self._model.embedding()
+        last, embedding = self._streams.all_of(self._model.count), self._model.embedding()
         for tensor in self._model.outside():
             if tensor.codec.quantized and tensor.name != embedding.name:
-                full, quantized = self._streams.of(FULL, last), self._streams.of(QUANTIZED, last)
-                self._rows(tensor, self._chooser.head(self._model, tensor, full, quantized))
+                self._rows(tensor, self._chooser.head(self._model, tensor, last))
         for tensor in self._model.outside():
             if not tensor.codec.quantized:
                 self._write(tensor, ((self._stored(tensor, *part),) for part in chunks(tensor.target)))

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from mlxquant.cli import convert_fit
+from mlxquant.cli import convert_budget, convert_fit
 from mlxquant.cli.calibration_options import calibration_options
 from mlxquant.cli.converting import Wish, is_gguf
 from mlxquant.cli.sections import SectionCommand, SectionOption, given
 from mlxquant.codecs.spec import AFFINE_BITS, AFFINE_GROUP_SIZES, MODES
 from mlxquant.errors import UsageError
 from mlxquant.plan.gguf_types import FILE_TYPES
-from mlxquant.plan.recipe import METHODS, RECIPES, RTN, SEARCH
+from mlxquant.plan.recipe import BEST, METHODS, RECIPES, RTN, SEARCH
 from mlxquant.tensors import FLOAT_CODES
 
 MLX, GGUF = "For an MLX folder", "For a GGUF file"
@@ -150,6 +150,8 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     show_default=True,
     help="Where the model runs while it is calibrated.",
 )
+@convert_budget.bpw_option
+@convert_budget.plan_file_option
 @convert_fit.fit_options
 @click.pass_context
 def command(
@@ -178,7 +180,11 @@ def command(
     wish = Wish(source, revision, dry_run, as_json, resume, restart, force)
     for_mlx, for_gguf, for_fit = given(ctx, MLX), given(ctx, GGUF), given(ctx, convert_fit.FIT)
     for_text = given(ctx, TEXT)
-    if for_fit:
+    convert_budget.check(given(ctx, convert_budget.BUDGET), for_mlx, options)
+    budget = convert_budget.is_budget(options)
+    if budget:
+        options["method"] = options["method"] or BEST
+    if for_fit and not budget:
         convert_fit.check(out, for_fit, for_mlx, for_gguf)
         options = convert_fit.chosen_options(wish, out, options)
         to_gguf = is_gguf(out)
@@ -191,7 +197,8 @@ def command(
     else:
         from mlxquant.cli.convert_mlx import convert_mlx
 
-        refuse_unread_text(for_text, options["method"])
+        if not budget:  # which measures with text, whatever the method
+            refuse_unread_text(for_text, options["method"])
         formatted = bool({"--bits", "--group-size", "--mode", "--dtype"} & set(for_mlx)) or bool(for_fit)
         convert_mlx(wish, out, options, formatted)
 

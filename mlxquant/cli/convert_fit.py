@@ -88,7 +88,7 @@ def chosen_options(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> 
     refuse_zeros(options)
     from mlxquant.fit.pick_words import WOULD_FIT
 
-    machine = _machine(options["fit"])
+    machine = machine_of(options["fit"])
     found = _pick(wish, out, options, machine)
     if found.row is None:
         message, *rest = found.why
@@ -99,7 +99,7 @@ def chosen_options(wish: Wish, out: Path | None, options: Mapping[str, Any]) -> 
     return {**options, **_as_parameters(found.row.level)}
 
 
-def _machine(words: str) -> Machine:
+def machine_of(words: str) -> Machine:
     from mlxquant.machine import described, probe
 
     return probe() if words.strip().lower() == THIS else described(words)

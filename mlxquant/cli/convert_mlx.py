@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxquant.cli.convert_budget import is_budget, with_budget
 from mlxquant.cli.converting import Wish, print_columns, print_shares, print_written, stopped_in_one_line
 from mlxquant.cli.resolve import resolve_headers, resolve_source
 from mlxquant.codecs.repacked import REPACKED
@@ -28,7 +29,8 @@ def convert_mlx(wish: Wish, out: Path | None, options: Mapping[str, Any], format
     from mlxquant.plan.plan import make_plan
 
     check_settings(options)  # before anything is pulled
-    if wish.dry_run:
+    budget = is_budget(options)
+    if wish.dry_run and not budget:
         config, specs, quantized = resolve_headers(wish.source, wish.revision)
         print_plan(make_plan(config, specs, mlx_settings(options, quantized, formatted), quantized), wish.as_json)
         return
@@ -38,6 +40,11 @@ def convert_mlx(wish: Wish, out: Path | None, options: Mapping[str, Any], format
     opened = open_source(path, origin)
     wanted = mlx_settings(options, opened.quantized, formatted)
     plan = make_plan(opened.config, opened.specs, wanted, opened.quantized)
+    if budget:
+        plan = with_budget(opened, plan, out, options, wish.as_json)
+        if wish.dry_run:
+            print_plan(plan, wish.as_json)
+            return
     assert out is not None
     if calibrated(plan.settings, options):
         from mlxquant.cli.convert_calibrated import convert_calibrated

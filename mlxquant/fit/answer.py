@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlxquant.families.shape import ModelShape
 from mlxquant.fit.cache import Cache, default_prefill_step
 from mlxquant.fit.calibration import Own
 from mlxquant.fit.levels import left_out, levels, survey
@@ -32,8 +33,19 @@ def asked_of(
 ) -> Asked:
     """A context that was not asked for is 8k, or what the model was made for if that is less; chunks are those that
     `generate` and `chat` would take there."""
-    made_for = subject.shape.context_length or CONTEXT_TOKENS
-    context = context_tokens or min(CONTEXT_TOKENS, made_for)
+    return asked_of_shape(subject.shape, machine, context_tokens, kv_bits=kv_bits, chunk_tokens=chunk_tokens)
+
+
+def asked_of_shape(
+    shape: ModelShape,
+    machine: Machine,
+    context_tokens: int | None = None,
+    *,
+    kv_bits: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Asked:
+    """The same of a shape alone."""
+    context = context_tokens or min(CONTEXT_TOKENS, shape.context_length or CONTEXT_TOKENS)
     return Asked(context, kv_bits, chunk_tokens or default_prefill_step(machine.device))
 
 

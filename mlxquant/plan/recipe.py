@@ -25,8 +25,8 @@ REPACK = "repack"
 RECIPES = ("balanced", "uniform", *MIXED, REPACK)
 # Who chooses the codes. rtn: nearest to a scale by minimum and maximum, mlx-lm's bytes. search: scale and bias of least
 # squared error, codecs/search.py. The others need calibration text.
-RTN, SEARCH = "rtn", "search"
-METHODS = (RTN, SEARCH, "awq", "gptq", "best")
+RTN, SEARCH, BEST = "rtn", "search", "best"
+METHODS = (RTN, SEARCH, "awq", "gptq", BEST)
 SEARCHED_MODES = ("affine", "mxfp4")
 SENSITIVE_BITS, VOCABULARY_BITS = 8, 6
 _WHERE_GIVEN = ("sets", "codecs", "method", "rotate")

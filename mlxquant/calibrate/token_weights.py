@@ -1,0 +1,142 @@
+"""How much an error at one token matters to the divergence, for each linear layer: squared gradients at its output.
+
+For tokens drawn from the model's own p(. | text before) and g = d sum log p / dy at a layer's output y, a small error e
+of y at one token costs 1/2 E (g e)^2 nats (gradients.py). Taking g's directions for equally likely, tokens are weighed
+by |g|^2, so that the Hessian is H = sum of |g|^2 x x^T (GuidedQuant, Kim et al. 2025, arXiv:2505.07004, with one group
+of rows). It matters most where few tokens carry much: all attend to a text's first one, and its values to all.
+
+One layer is in memory at a time; what enters each, and slopes, are in files meanwhile.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from mlxquant.calibrate.gradients import Rows, behind, trace
+from mlxquant.calibrate.layered import Layer, Layered
+from mlxquant.calibrate.streams import Stream
+from mlxquant.files.writing import write_whole
+
+Array = np.ndarray[Any, Any]
+Weights = dict[str, Array]  # of a linear layer's weight, by name -> (B, L) float32, their mean 1
+
+FILE = "tokens.safetensors"
+SEED = 1
+
+
+def token_weights(
+    model: Layered, tokens_BL: Array, folder: Path, watch: Callable[[int, int], None] | None = None
+) -> Weights:
+    """Of every linear layer that each token passes (experts have none). Kept in `folder`, where a later call finds
+    them; 8 * B * L * H bytes a layer are there meanwhile. watch(done, of): twice for each layer.
+    """
+    if (found := _read(folder / FILE)) is not None:
+        return found
+    scratch = folder / "gradients"
+    told = watch or (lambda done, of: None)
+    kept = trace(model, tokens_BL, scratch, lambda done, of: told(done, 2 * of))
+    made: Weights = {}
+    one_row = Rows(np.zeros(1, np.int64), np.ones(1))
+    slopes = Stream(scratch / "slopes-last.f32", kept[-1].shape)
+    slopes.write(slope for slope, _ in behind(model, kept[-1].batches(1), one_row, SEED))
+    for number in reversed(range(model.count)):
+        layer = model.open(number, model.weights(number))
+        before = Stream(scratch / f"slopes-{number:04}.f32", slopes.shape)
+        squares: dict[str, list[Array]] = {}
+        before.write(_within(layer, kept[number], slopes, squares))
+        made |= {name: _even(np.concatenate(parts)) for name, parts in squares.items()}
+        kept[number + 1].path.unlink()
+        slopes.path.unlink()
+        slopes = before
+        told(2 * model.count - number, 2 * model.count)
+    shutil.rmtree(scratch)
+    write_whole(folder / FILE, save(made))
+    return made
+
+
+def _within(layer: Layer, entering: Stream, slopes: Stream, squares: dict[str, list[Array]]) -> Iterator[Array]:
+    """Slopes by what enters the layer, from those by what leaves it; adds each linear layer's |g|^2 of each token."""
+    import mlx.core as mx
+
+    for (_, states), (_, slope) in zip(entering.batches(1), slopes.batches(1), strict=True):
+        shapes = _outputs(layer, states)
+        zeros = [mx.zeros(shape) for shape in shapes.values()]
+        given = [mx.array(states), *zeros]
+        _, (by_states, *by_outputs) = mx.vjp(partial(_leaving, layer, list(shapes)), given, [mx.array(slope)])
+        sums = [(by * by).sum(axis=-1).reshape(1, -1) for by in by_outputs]
+        mx.eval(by_states, sums)
+        for name, by_token in zip(shapes, sums, strict=True):
+            squares.setdefault(name, []).append(np.array(by_token))
+        yield np.array(by_states)
+
+
+def _leaving(layer: Layer, names: list[str], states: Any, *probes: Any) -> Any:
+    """What leaves the layer with probes added to what linear layers give. Not evaluated."""
+    added = dict(zip(names, probes, strict=True))
+    module = layer.module(lambda name, linear: _Added(linear, added[name]) if name in added else linear)
+    return layer.graph(module, states)
+
+
+def _outputs(layer: Layer, states: Array) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the linear layers give that every token passes. Nothing is evaluated."""
+    import mlx.nn as nn
+
+    found: dict[str, tuple[int, ...]] = {}
+    tokens = int(np.prod(states.shape[:2]))
+
+    def wrap(name: str, module: Any) -> Any:
+        return _Seen(module, name, found) if type(module) is nn.Linear else module
+
+    layer.graph(layer.module(wrap), states)
+    return {name: shape for name, shape in found.items() if int(np.prod(shape[:-1])) == tokens}
+
+
+class _Seen:
+    """In a linear layer's place: notes the shape of what it gives."""
+
+    def __init__(self, module: Any, name: str, found: dict[str, tuple[int, ...]]) -> None:
+        self._module, self._name, self._found = module, name, found
+
+    def __call__(self, x: Any) -> Any:
+        out = self._module(x)
+        self._found[self._name] = out.shape
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Added:
+    """In a linear layer's place: what it gives and a probe, by which a slope is taken."""
+
+    def __init__(self, module: Any, probe: Any) -> None:
+        self._module, self._probe = module, probe
+
+    def __call__(self, x: Any) -> Any:
+        return self._module(x) + self._probe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _even(squares_BL: Array) -> Array:
+    """Square roots, of mean 1: |g|^2 itself leaves a Hessian to a few tokens, which so few samples do not settle."""
+    roots = np.sqrt(squares_BL.astype(np.float64))
+    mean = roots.mean()
+    return (roots / mean if mean > 0 else np.ones_like(roots)).astype(np.float32)
+
+
+def _read(path: Path) -> Weights | None:
+    try:
+        found: Weights = load(path.read_bytes())
+    except (OSError, SafetensorError):
+        return None
+    return found
