@@ -91,13 +91,10 @@ class Chooser:
         """Stage by stage: what is chosen first is what the next stage's inputs come from. tokens: how much each counts,
         for the weights that it names. Raises SourceError.
         """
-        weights = model.weights(number)
-        before = model.open(number, weights)
+        weights, notes = model.weights(number), tuple[str, ...]()
         if self.recipe.factors:
             weights, notes = self._scaled(model, number, weights, streams[QUANTIZED])
-        else:
-            notes = ()
-        done = Done(before, model.open(number, weights), weights, notes)
+        done = Done(model.open(number, weights), model.open(number, weights), weights, notes)
         for stage in done.after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if wanted:
@@ -191,6 +188,11 @@ class Chooser:
     def table(self, model: Layered, tensor: PlannedTensor, tokens_BL: Array) -> RowChooser:
         """Of the embedding: its rows are added to the stream as they are, each column as good as any other."""
         return lambda w_OI: (searched(tensor, w_OI), 0.0)
+
+    def table_values(self, model: Layered, tensor: PlannedTensor, tokens_BL: Array) -> Callable[[Array], Array] | None:
+        """What its codes stand for, given rows as they are; None for one that stays float."""
+        choose = self.table(model, tensor, tokens_BL)
+        return (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None
 
     def head(self, model: Layered, tensor: PlannedTensor, streams: Mapping[str, Stream]) -> RowChooser:
         """Of the output head, by what leaves the trunk."""

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from mlxquant.calibrate.layered import Layer, Layered, whole
+from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.streams import FULL, Stream, Streams
+from mlxquant.convert.gather import chunks
 from mlxquant.measure.changes import put
 from mlxquant.plan.plan import PlannedTensor
 
@@ -134,7 +135,7 @@ def behind(
     """
     import mlx.core as mx
 
-    values_VH, index = mx.array(whole(model.source, model.head())), mx.array(rows.index_R)
+    values_VH, index = mx.array(whole_head(model)), mx.array(rows.index_R)
     for sample, states in leaving:
         parts, sums = [], mx.zeros((len(rows.index_R), values_VH.shape[1]))
         for start in range(0, states.shape[1], _HEAD_TOKENS):
@@ -150,6 +151,21 @@ def behind(
             mx.eval(by_hidden, sums)
             parts.append(np.array(by_hidden))
         yield np.concatenate(parts, axis=1), np.array(sums)
+
+
+def head_of(model: Layered, values_VH: Array | None = None) -> Callable[[Any], Any]:
+    """The output head with its weights, or with others, for Layered.logits."""
+    import mlx.core as mx
+
+    values = mx.array(whole_head(model) if values_VH is None else values_VH)
+    none = mx.zeros((0,), dtype=mx.int32)
+    return lambda module: _Probed(module, values, none, mx.zeros((0, values.shape[1])))
+
+
+def whole_head(model: Layered) -> Array:
+    """Float32 (V, H)."""
+    tensor = model.head()
+    return np.concatenate([model.rows(tensor, *part) for part in chunks(tensor.target)])
 
 
 def _log_of_drawn(logits_1TV: Any, key: Any) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlxquant.plan.recipe import SEARCH
+from mlxquant.plan.recipe import BEST, SEARCH
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,27 @@ class Recipe:
     factors: bool = False
     tokens: bool = False
 
+    @property
+    def label(self) -> str:
+        """What sets it apart, for people."""
+        words = [self.codes, *(["factors"] if self.factors else []), *(["tokens"] if self.tokens else [])]
+        return "+".join([*words, *([f"target {self.target:g}"] if self.target else [])])
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-RECIPES = {
-    recipe.method: recipe
-    for recipe in (
-        Recipe(SEARCH, codes="search"),
-        Recipe("awq", codes="search", factors=True),
-        Recipe("gptq"),
-        Recipe("best", target=1.0, tokens=True),
-    )
+_BEST = Recipe(BEST, target=1.0, tokens=True)
+# What `best` chooses among, the likeliest first: a limit on time leaves out the last.
+CANDIDATES = (
+    _BEST,
+    replace(_BEST, target=0.5),
+    replace(_BEST, target=0.0),
+    replace(_BEST, tokens=False),
+)
+RECIPES: dict[str, tuple[Recipe, ...]] = {
+    SEARCH: (Recipe(SEARCH, codes="search"),),
+    "awq": (Recipe("awq", codes="search", factors=True),),
+    "gptq": (Recipe("gptq"),),
+    BEST: CANDIDATES,
 }

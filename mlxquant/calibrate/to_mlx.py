@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from mlxquant.calibrate.best import Trial, decide
 from mlxquant.calibrate.choose import Chooser, Record, RowChooser
 from mlxquant.calibrate.layered import Layered
+from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.streams import QUANTIZED, Streams
+from mlxquant.calibrate.text import hold_out
 from mlxquant.calibrate.token_weights import Weights, token_weights
 from mlxquant.calibrate.values import Samples
 from mlxquant.codecs.floats import narrow
@@ -31,6 +34,7 @@ from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
+from mlxquant.files.writing import writing
 from mlxquant.measure.runner import Silent, Watch
 from mlxquant.plan.plan import Plan, PlannedTensor
 from mlxquant.tensors import DTYPES
@@ -40,14 +44,18 @@ Array = np.ndarray[Any, Any]
 CALIBRATION = "calibration"
 # Of a matrix of the vocabulary that is worked on at once: 4,096 rows of 4,096 weights.
 ROWS_BYTES = 32 * 2**20
+# Of the samples, at most eight of them: what recipes are judged by.
+_HELD = 0.125
 
 
 @dataclass(frozen=True)
 class Written:
-    """out, and what was chosen for each weight, in the order of the choices."""
+    """out, and what was chosen for each weight, in the order of the choices, by which recipe; what else was tried."""
 
     out: Path
     records: tuple[Record, ...]
+    recipe: Recipe
+    trials: tuple[Trial, ...] = ()
 
 
 class Stopped(KeyboardInterrupt):
@@ -59,16 +67,18 @@ def to_mlx(
     plan: Plan,
     out: Path,
     samples: Samples,
-    chooser: Chooser,
+    recipes: Sequence[Recipe],
     *,
     resume: bool | None = None,
     restart: bool = False,
     force: bool = False,
     rotation: Rotation | None = None,
+    limit_s: float | None = None,
     shard_bytes: int = LIMIT_BYTES,
     watch: Watch | None = None,
 ) -> Written:
-    """Writes the MLX folder `out`.
+    """Writes the MLX folder `out`. recipes: one, or several among which held-out samples decide (best.py), limit_s
+    seconds long.
 
     Peak memory: two layers in float32, the Hessians of one stage, some samples' activations. Raises SourceError (bytes
     missing, NaN in weights or activations), UnsupportedError (a family that cannot be run layer by layer), TargetError,
@@ -77,36 +87,60 @@ def to_mlx(
     model = Layered(source, plan, rotation)
     small = small_files(source, plan, model.config)
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
-    said = json.dumps([plan.digest(), shard_bytes, fingerprint(source), samples.sha256, chooser.recipe.to_json()])
+    told = [recipe.to_json() for recipe in recipes]
+    said = json.dumps([plan.digest(), shard_bytes, fingerprint(source), samples.sha256, told])
     digest = hashlib.sha256(said.encode()).hexdigest()
     with Workspace.open(out, digest, shards, source=source.path, resume=resume, restart=restart, force=force) as work:
-        shape = (*samples.tokens_BL.shape, model.width)
-        streams = Streams(work.partial / CALIBRATION, shape, chooser.kinds)
-        job = _Job(model, work, streams, samples, chooser, watch or Silent())
+        job = _Job(model, work, samples, recipes, limit_s, watch or Silent())
         job.run()
-        transforms = [*(["rotation"] if rotation else []), *(["factors"] if chooser.recipe.factors else [])]
-        facts = {"text": samples.label, "sha256": samples.sha256, "transforms": transforms, **chooser.recipe.to_json()}
         for name, data in {**small, INDEX: index_json(shards, plan.size)}.items():
             work.write_file(name, data)
-        account = facts | {"tensors": [asdict(record) for record in job.records]}
-        work.write_file(NAME, manifest(plan, source.origin, work.checksums, small, calibration=account))
+        facts = {"text": samples.label, "sha256": samples.sha256} | job.account(rotation is not None)
+        work.write_file(NAME, manifest(plan, source.origin, work.checksums, small, calibration=facts))
         work.publish()
-    return Written(out, tuple(job.records))
+    return Written(out, tuple(job.records), job.recipe, tuple(job.trials))
 
 
 class _Job:
+    """What is written while hidden states go from layer to layer."""
+
     def __init__(
-        self, model: Layered, work: Workspace, streams: Streams, samples: Samples, chooser: Chooser, watch: Watch
+        self,
+        model: Layered,
+        work: Workspace,
+        samples: Samples,
+        recipes: Sequence[Recipe],
+        limit_s: float | None,
+        watch: Watch,
     ) -> None:
-        self._model, self._work, self._streams = model, work, streams
-        self._tokens_BL, self._chooser, self._watch = samples.tokens_BL, chooser, watch
+        self._model, self._work, self._watch = model, work, watch
+        self._folder = work.partial / CALIBRATION
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        kept, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
+        self._tokens_BL = kept.tokens_BL
+        self._tokens = self._token_weights() if any(recipe.tokens for recipe in recipes) else {}
+        self.trials: list[Trial] = []
+        if held is not None:
+            texts = self._tokens_BL, held.tokens_BL, self._tokens
+            self.trials = decide(model, recipes, *texts, self._folder, watch, limit_s)
+        self.recipe = self.trials[0].recipe if self.trials else recipes[0]
+        self._chooser = Chooser(self.recipe)
+        self._streams = Streams(self._folder, (*self._tokens_BL.shape, model.width), self._chooser.kinds)
         self.records: list[Record] = []
+
+    def account(self, rotated: bool) -> dict[str, Any]:
+        """What the manifest says of how codes were chosen."""
+        transforms = [*(["rotation"] if rotated else []), *(["factors"] if self.recipe.factors else [])]
+        facts = {"transforms": transforms, **self.recipe.to_json(), "tensors": self._told()}
+        tried = [{"recipe": trial.recipe.label, "held_out_nats": trial.nats} for trial in self.trials]
+        return facts | ({"trials": tried} if tried else {})
 
     def run(self) -> None:
         first, records = self._streams.resume()
         self.records = [Record(**record) for record in records]
-        tokens = self._token_weights() if self._chooser.recipe.tokens else {}
-        self._watch.stage(f"Choosing codes by {self._chooser.recipe.method}", self._model.count + 2, "layers")
+        tokens = self._tokens if self.recipe.tokens else {}
+        self._watch.stage(f"Choosing codes by {self.recipe.method}", self._model.count + 2, "layers")
         if first < 0:
             self._begin()
             first = 0
@@ -130,19 +164,18 @@ class _Job:
             if self._watch.stopped():
                 raise Stopped
 
-        return token_weights(self._model, self._tokens_BL, self._streams.folder, told)
+        return token_weights(self._model, self._tokens_BL, self._folder, told)
 
     # -- before the first layer
 
     def _begin(self) -> None:
         """The embedding's codes, and what enters the first layer of both streams."""
         tensor = self._model.embedding()
-        choose = self._chooser.table(self._model, tensor, self._tokens_BL)
         if tensor.codec.quantized:
-            self._rows(tensor, choose)
+            self._rows(tensor, self._chooser.table(self._model, tensor, self._tokens_BL))
         ids_U, places = np.unique(self._tokens_BL, return_inverse=True)
         places_BL, sums = places.reshape(self._tokens_BL.shape), {}
-        changed = (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None
+        changed = self._chooser.table_values(self._model, tensor, self._tokens_BL)
         for kind in self._streams.kinds:
             change = changed if kind == QUANTIZED else None
             table_UH = self._model.table(ids_U, change)

@@ -150,6 +150,14 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     show_default=True,
     help="Where the model runs while it is calibrated.",
 )
+@click.option(
+    "--time-limit",
+    cls=SectionOption,
+    section=TEXT,
+    type=click.FloatRange(0, min_open=True),
+    metavar="MINUTES",
+    help="What best may spend on trying recipes; it always tries one.  [default: none]",
+)
 @convert_budget.bpw_option
 @convert_budget.plan_file_option
 @convert_fit.fit_options

@@ -1,4 +1,4 @@
-"""`mlxquant convert --bpw`, and `--fit` with a method: bits and group size dealt out tensor by tensor, within a limit."""
+"""`convert --bpw`, and `--fit` with a method: bits and group size dealt out tensor by tensor, within a limit."""
 
 from __future__ import annotations
 

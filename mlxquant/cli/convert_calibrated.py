@@ -19,6 +19,7 @@ from mlxquant.machine import peak_memory_bytes
 from mlxquant.units import format_bytes
 
 if TYPE_CHECKING:
+    from mlxquant.calibrate.best import Trial
     from mlxquant.calibrate.choose import Record
     from mlxquant.convert.sources import OpenSource
     from mlxquant.plan.plan import Plan
@@ -29,7 +30,6 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
     from mlxquant.run.device import prepare
 
     prepare(options["device"])  # before mlx is imported
-    from mlxquant.calibrate.choose import Chooser
     from mlxquant.calibrate.recipes import RECIPES
     from mlxquant.calibrate.rotate import Rotation
     from mlxquant.calibrate.to_mlx import to_mlx
@@ -46,22 +46,33 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
             plan,
             out,
             samples,
-            Chooser(RECIPES[plan.settings.method]),
+            RECIPES[plan.settings.method],
             rotation=rotation,
             resume=wish.resume or None,
             restart=wish.restart,
             force=wish.force,
+            limit_s=60 * options["time_limit"] if options["time_limit"] else None,
             watch=watch,
         )
     seconds, peak = time.perf_counter() - began, peak_memory_bytes()
     if wish.as_json:
         facts = {"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw, "peak_bytes": peak}
         tensors = [vars(record) for record in written.records]
-        click.echo(json.dumps(facts | {"calibration": samples.label, "tensors": tensors}))
+        tried = [{"recipe": trial.recipe.label, "held_out_nats": trial.nats} for trial in written.trials]
+        how = {"calibration": samples.label, "recipe": written.recipe.label, "trials": tried}
+        click.echo(json.dumps(facts | how | {"tensors": tensors}))
         return
+    print_trials(written.trials)
     print_gain(written.records)
     print_written(out, plan.nbytes, plan.bpw, seconds)
     click.echo(f"Peak memory {format_bytes(peak)}.")
+
+
+def print_trials(trials: Sequence[Trial]) -> None:
+    """What was tried and chosen, by what it cost held-out text."""
+    if trials:
+        tried = ", ".join(f"{trial.recipe.label} {1000 * trial.nats:.4g}" for trial in trials)
+        click.echo(f"Chose {trials[0].recipe.label}. Milli-nats of held-out text, first layers only: {tried}")
 
 
 def print_gain(records: Sequence[Record]) -> None:

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.calibrate.choose import Chooser
 from mlxquant.calibrate.recipes import RECIPES
 from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.text import calibration
@@ -29,7 +28,7 @@ def convert(folder, out, method="gptq", bits=4, watch=None, samples=8, **setting
     wanted = settings(recipe="uniform", method=method, bits=bits, group_size=32, **settings_)
     plan = make_plan(source.config, source.specs, wanted)
     text = calibration("builtin", Text.load(folder), samples, 64, 0)
-    return to_mlx(source, plan, out, text, Chooser(RECIPES[method]), watch=watch)
+    return to_mlx(source, plan, out, text, RECIPES[method], watch=watch)
 
 
 def hashes(folder):
@@ -110,7 +109,7 @@ def test_a_rotated_model_says_what_it_said_until_it_is_rounded(tmp_path, tied):
     plan = make_plan(source.config, source.specs, wanted)
     samples = calibration("builtin", Text.load(folder), 8, 64, 0)
     rotation = Rotation.of(source.config, plan)
-    out = to_mlx(source, plan, tmp_path / "out", samples, Chooser(RECIPES["gptq"]), rotation=rotation).out
+    out = to_mlx(source, plan, tmp_path / "out", samples, RECIPES["gptq"], rotation=rotation).out
     before, after = (load_model(path, expand="on").model for path in (folder, out))
     tokens = mx.array(samples.tokens_BL[:1])
     difference = mx.abs(after(tokens) - before(tokens)).max() / mx.abs(before(tokens)).max()
