@@ -237,7 +237,7 @@ class Chooser:
 
 def searched(tensor: PlannedTensor, w_OI: Array, hessian_II: Array | None = None, note: str = "") -> Chosen:
     """By search, columns weighted by what enters them."""
-    weight = None if hessian_II is None else np.ascontiguousarray(np.diagonal(hessian_II), np.float32)
+    weight = None if hessian_II is None else np.maximum(np.diagonal(hessian_II), 0).astype(np.float32)
     parts = search(w_OI, "F32", tensor.dtype, tensor.codec, weight)
     values = decode(parts, tensor.dtype, tensor.codec)
     return Chosen(parts, values, 0.0 if hessian_II is None else output_error(w_OI, values, hessian_II), note)
