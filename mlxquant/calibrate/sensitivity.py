@@ -3,6 +3,7 @@
 For some rows of each weight codes are chosen as they will be (by rounding, by search, by GPTQ under the Hessian of what
 enters the layer) in every format; what their errors cost is 1/2 E <G, dW>^2 by gradients.py. Gradients come from other
 samples than Hessians: codes are fitted to the text that they are chosen by, and would look better there than they are.
+Embedding and head are measured besides (ends.py).
 
 Rows are taken as independent: errors of two rows of a weight, or of two weights, have nothing to do with one another.
 """
@@ -13,17 +14,20 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from mlxquant.calibrate.choose import LEAST_EXPERT_TOKENS
+from mlxquant.calibrate.ends import SAMPLES, TOKENS, Values, corrected
 from mlxquant.calibrate.gptq import NotPositive, Prepared, gptq, prepare
 from mlxquant.calibrate.gradients import Part, Rows, backwards, by_use, spread, trace
 from mlxquant.calibrate.layered import Layered, some_rows
 from mlxquant.calibrate.statistics import Moments
-from mlxquant.calibrate.values import Inputs, Samples
+from mlxquant.calibrate.streams import Stream
+from mlxquant.calibrate.values import Array, Inputs, Samples
 from mlxquant.codecs.encode import decode, encode
 from mlxquant.codecs.search import search
 from mlxquant.codecs.spec import Codec
@@ -31,10 +35,6 @@ from mlxquant.convert.gather import chunks
 from mlxquant.errors import UsageError
 from mlxquant.plan.budget import formats
 from mlxquant.plan.sensitivities import Cost, Sensitivities
-
-Array = np.ndarray[Any, Any]
-# (rows (R, I) float32, format) -> what their codes stand for
-Values = Callable[[Array, Codec], Array]
 
 METHODS = ("rtn", "search", "gptq")
 
@@ -71,11 +71,14 @@ def measure(
 
 
 def identity(model: Layered) -> str:
-    """Tells models apart, those of the same shape, too: a hash of names, shapes and one row of every tensor."""
-    digest = hashlib.sha256()
+    """Tells models apart, those of the same shape and rotated ones, too: a hash of names, shapes and one row of every
+    tensor.
+    """
+    digest, outside = hashlib.sha256(), {t.name for t in model.outside()}
     for tensor in model.plan.tensors:
         digest.update(f"{tensor.name} {tensor.target.shape} {tensor.dtype}\n".encode())
-        digest.update(some_rows(model.source, tensor, 0, 1).tobytes())
+        read = model.rows if tensor.name in outside else partial(some_rows, model.source)
+        digest.update(read(tensor, 0, 1).tobytes())
     return digest.hexdigest()
 
 
@@ -96,6 +99,7 @@ class _Measuring:
         self.tensors = {t.name: t for t in model.plan.tensors if t.name in self.formats}
         self.rows = dict(self._drawn(depth))
         self.costs: dict[str, dict[Codec, Cost]] = {}
+        self.ways: dict[str, Values] = {}
 
     def run(self, folder: Path) -> Sensitivities:
         tokens_BL, layers = self.samples.tokens_BL, self.model.count
@@ -105,6 +109,7 @@ class _Measuring:
             self._part(part)
             done += part.layer is not None
             self.watch(done, 2 * layers)
+        self._measure_ends(kept[-1])
         names = [t.name for t in self.model.plan.tensors if t.name in self.costs]
         return Sensitivities(
             identity(self.model),
@@ -127,6 +132,15 @@ class _Measuring:
     def _part(self, part: Part) -> None:
         for name, choose in self._choosers(part):
             self.costs[name] = self._costs(name, self._weights(part, name), part.gradients[name], choose)
+            if part.layer is None:
+                self.ways[name] = choose
+
+    def _measure_ends(self, leaving: Stream) -> None:
+        """With the beginnings of some samples, which later tokens do not change."""
+        count, length = min(SAMPLES, self.count), min(TOKENS, self.samples.tokens_BL.shape[1])
+        states = np.concatenate([some for _, some in islice(leaving.batches(1), count)])[:, :length]
+        tokens = self.samples.tokens_BL[:count, :length]
+        self.costs |= corrected(self.model, tokens, states, self.ways, self.costs)
 
     def _costs(self, name: str, w_RI: Array, g_SRI: Array, choose: Values) -> dict[Codec, Cost]:
         share_R, length = self.rows[name].share_R, self.samples.tokens_BL.shape[1]
@@ -149,7 +163,7 @@ class _Measuring:
         for start, stop in chunks(tensor.target):
             wanted = index_R[(index_R >= start) & (index_R < stop)]
             if len(wanted):
-                found.append(some_rows(self.model.source, tensor, start, stop)[wanted - start])
+                found.append(self.model.rows(tensor, start, stop)[wanted - start])
         return np.concatenate(found)
 
     def _choosers(self, part: Part) -> Iterator[tuple[str, Values]]:
@@ -189,12 +203,13 @@ class _Measuring:
             return lambda w_RI, codec: decode(encode(w_RI, "F32", dtype, codec), dtype, codec)
         if isinstance(seen, _Factored):
             return _Gptq(dtype, seen, matrix_R)
-        weight = seen if seen is None or seen.ndim == 1 else seen[matrix_R]
+        weight = seen if seen is None or matrix_R is None else seen[matrix_R]
         return lambda w_RI, codec: _searched(w_RI, dtype, codec, weight)
 
-    def _matrix_of(self, name: str) -> Array:
-        """Which matrix of a stack each drawn row is of."""
-        return self.rows[name].index_R // self.tensors[name].target.shape[-2]
+    def _matrix_of(self, name: str) -> Array | None:
+        """Which matrix of a stack each drawn row is of; None where there is but one."""
+        rows = self.tensors[name].target.shape[-2]
+        return self.rows[name].index_R // rows if len(self.tensors[name].target.shape) > 2 else None
 
 
 class _Factored:
@@ -218,19 +233,24 @@ class _Factored:
 class _Gptq:
     """Values by GPTQ, each matrix of a stack by its own Hessian; by search where that has no factor."""
 
-    def __init__(self, dtype: str, factored: _Factored, matrix_R: Array) -> None:
+    def __init__(self, dtype: str, factored: _Factored, matrix_R: Array | None) -> None:
         self._dtype, self._factored, self._matrix_R = dtype, factored, matrix_R
 
     def __call__(self, w_RI: Array, codec: Codec) -> Array:
+        if self._matrix_R is None:
+            return self._of(0, w_RI, codec)
         values_RI = np.empty_like(w_RI)
         for matrix in np.unique(self._matrix_R).tolist():
-            rows, prepared = self._matrix_R == matrix, self._factored.of(matrix)
-            if prepared is None:
-                weight = np.diagonal(self._factored.hessian(matrix)).astype(np.float32)
-                values_RI[rows] = _searched(w_RI[rows], self._dtype, codec, weight)
-            else:
-                values_RI[rows] = gptq(w_RI[rows], prepared, self._dtype, codec, rounds=1).values_OI
+            rows = self._matrix_R == matrix
+            values_RI[rows] = self._of(matrix, w_RI[rows], codec)
         return values_RI
+
+    def _of(self, matrix: int, w_RI: Array, codec: Codec) -> Array:
+        prepared = self._factored.of(matrix)
+        if prepared is None:
+            weight = np.diagonal(self._factored.hessian(matrix)).astype(np.float32)
+            return _searched(w_RI, self._dtype, codec, weight)
+        return gptq(w_RI, prepared, self._dtype, codec, rounds=1).values_OI
 
 
 def _searched(w_RI: Array, dtype: str, codec: Codec, weight: Array | None) -> Array:

@@ -32,7 +32,6 @@ class Cost:
 class Sensitivities:
     """costs: tensor -> format -> Cost. sizes: weights of each tensor. model: hash of the model it was measured on.
     calibration: what text was used, for people; calibration_sha256: of its tokens. method: how codes were chosen.
-    scale: measured over predicted divergence, where that was measured; it is in `costs` already.
     """
 
     model: str
@@ -41,7 +40,6 @@ class Sensitivities:
     calibration_sha256: str
     sizes: Mapping[str, int]
     costs: Mapping[str, Mapping[Codec, Cost]]
-    scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; from_json gives the same again."""
@@ -51,7 +49,6 @@ class Sensitivities:
             "method": self.method,
             "calibration": self.calibration,
             "calibration_sha256": self.calibration_sha256,
-            "scale": self.scale,
             "tensors": {
                 name: {"size": self.sizes[name]}
                 | {"formats": {codec.label: [cost.nats, cost.error] for codec, cost in costs.items()}}
@@ -74,9 +71,8 @@ def from_json(found: Mapping[str, Any], where: str) -> Sensitivities:
     """What to_json wrote. `where` begins the message. Raises SourceError for anything else."""
     if found.get(KEY) != VERSION:
         raise _wrong(where, f"is no plan file of version {VERSION}")
-    words = [_text(found.get(key), f"{where}: {key}") for key in _WORDS]
+    words = {key: _text(found.get(key), f"{where}: {key}") for key in _WORDS}
     tensors = _table(found.get("tensors"), f"{where}: tensors")
-    scale = _number(found.get("scale"), f"{where}: scale")
     sizes: dict[str, int] = {}
     costs: dict[str, dict[Codec, Cost]] = {}
     for name, entry in tensors.items():
@@ -89,7 +85,7 @@ def from_json(found: Mapping[str, Any], where: str) -> Sensitivities:
         costs[name] = {
             _codec(label, at): _cost(pair, at) for label, pair in _table(entry.get("formats"), f"{at}: formats").items()
         }
-    return Sensitivities(*words, sizes, costs, scale)
+    return Sensitivities(**words, sizes=sizes, costs=costs)
 
 
 _WORDS = ("model", "method", "calibration", "calibration_sha256")

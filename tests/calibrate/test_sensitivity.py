@@ -81,6 +81,23 @@ def test_of_experts_what_rerouting_costs_is_not_seen(trained_experts, tmp_path):
     assert np.corrcoef(ranks(predicted), ranks(measured))[0, 1] > 0.85
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_measured_by_forwards(tmp_path, tied):
+    """At 2 bits, where half a square is far off: on other text, within 1.6 times, also groups of
+    another size, whose figures follow by their errors. A tied one is rounded in both places.
+    """
+    folder = make(tmp_path / "m", tied=tied)
+    model = layered(folder)
+    found = measure(model, samples_of(folder, 8, 1), "rtn", tmp_path / "t", depth=Depth(16, 256, 4))
+    loaded, tokens = load_model(folder, expand="on").model, mx.array(samples_of(folder, 8, 2).tokens_BL)
+    p, names = log_p(loaded, tokens), [name for name in found.costs if "layers" not in name]
+    assert len(names) == 2 - tied
+    for name in names:
+        for codec in (affine(2, 64), affine(2, 32), affine(4, 32)):
+            q = log_p(put(loaded, name.split("."), rounded(model, name, codec)), tokens)
+            assert 1 / 1.6 < found.costs[name][codec].nats / divergence(p, q) < 1.6, (name, codec)
+
+
 @pytest.mark.parametrize("trained", ["trained_dense", "trained_experts"])
 def test_better_codes_cost_less(request, tmp_path, trained):
     folder = request.getfixturevalue(trained)

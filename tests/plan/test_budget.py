@@ -178,7 +178,7 @@ def measured(costs, **changes):
 
 def test_what_was_measured_is_read_back(bases):
     plan = choose(bases[1], settings(group_size=32))
-    made = measured(random_costs(plan, np.random.default_rng(5)), scale=0.7)
+    made = measured(random_costs(plan, np.random.default_rng(5)))
     assert from_json(json.loads(json.dumps(made.to_json())), "plan.json") == made
     made.require("a1", "gptq", "plan.json")
     with pytest.raises(PlanError, match=r"plan\.json: was measured on another model"):
@@ -205,8 +205,6 @@ ONE = {"size": 10, "formats": {"4g64": [0.1, 0.2]}}
         {"model": None},
         {"method": "a\x1b[31m"},
         {"calibration": 3},
-        {"scale": -1},
-        {"scale": "1"},
         {"tensors": []},
         {"tensors": {}},
         {"tensors": {"a\n": ONE}},
