@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from statistics import fmean
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxquant.calibrate.awq import awq
-from mlxquant.calibrate.fold import check, feeds
+from mlxquant.calibrate.fold import Feed, check, feeds
 from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
@@ -50,17 +50,62 @@ class Record:
     note: str = ""
 
 
-class Done:
-    """One layer's choices, while the layer is at hand. before: as it is; after: with what has been chosen."""
+@dataclass(frozen=True)
+class Looked:
+    """Moments of what enters a linear layer in the quantized stream, y; with what it was, x; and of what the stream is
+    off by where the layer adds to it, d: mean y y^T, x y^T and d y^T.
+    """
 
-    def __init__(self, before: Layer, after: Layer, weights: dict[str, Array], notes: Sequence[str] = ()) -> None:
-        self.before, self.after, self.weights, self.notes = before, after, weights, notes
+    hessian: Moments
+    cross: Moments | None
+    left: Moments | None
+
+    @classmethod
+    def of(cls, tensor: PlannedTensor, both: bool, writes: bool, last: bool) -> Looked:
+        """both: there are two streams. last: what leaves the layer tells x and d together."""
+        name, shape = tensor.name, tensor.target.shape
+        experts = shape[0] if len(shape) == 3 else 0
+        return cls(
+            Moments(name, "hessian", experts=experts, least_tokens=LEAST_EXPERT_TOKENS),
+            Moments(name, "cross") if both and not (writes and last) else None,
+            Moments(name, "cross") if both and writes else None,
+        )
+
+    def add(self, y: Inputs, x: Inputs | None, left_NH: Any, count_N: Array | None) -> None:
+        self.hessian.add(y, count_N)
+        if self.cross and x:
+            self.cross.add(x, count_N, other_NI=y.x_NI)
+        if self.left:
+            self.left.add(Inputs(left_NH), count_N, other_NI=y.x_NI)
+
+
+class Done:
+    """One layer's choices, while the layer is at hand. before: as it is; after: with what has been chosen. writes:
+    weights whose output is added to the residual stream as it is.
+    """
+
+    def __init__(
+        self,
+        before: Layer,
+        after: Layer,
+        weights: dict[str, Array],
+        writes: Collection[str],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.before, self.after, self.weights, self.writes, self.notes = before, after, weights, writes, notes
         self.chosen: dict[str, Chosen] = {}
         self.records: list[Record] = []
 
     def choose(self, tensor: PlannedTensor, chosen: Chosen) -> None:
         self.chosen[tensor.name] = chosen
         self.after.put(tensor.name, chosen.values_OI.reshape(tensor.target.shape))
+
+    def left(self, full: Any, states: Any, last: bool) -> Array:
+        """(N, H): by how much the quantized stream is off where a stage adds to it: as it entered the layer; of the
+        last stage, as it would leave it, were that stage not rounded.
+        """
+        off = self.before.run(full) - self.after.run(states) if last else full - states
+        return np.asarray(off.reshape(-1, off.shape[-1]))
 
     def parts(self, tensor: PlannedTensor) -> tuple[Array, ...]:
         """What is stored of a tensor, rows first."""
@@ -92,9 +137,14 @@ class Chooser:
         for the weights that it names. Raises SourceError.
         """
         weights, notes = model.weights(number), tuple[str, ...]()
+        shape = ModelShape.from_config(model.config)
+        wired = wiring({name: w.shape for name, w in weights.items()}, model.prefix(number), shape)
         if self.recipe.factors:
-            weights, notes = self._scaled(model, number, weights, streams[QUANTIZED])
-        done = Done(model.open(number, weights), model.open(number, weights), weights, notes)
+            hold = feeds(wired, weights, shape)
+            weights, notes = self._scaled(model, number, weights, hold, streams[QUANTIZED])
+        plain = float(model.config.get("residual_multiplier") or 1) == 1  # granite's is not
+        writes = wired.writes if plain and not (wired.written_norms or wired.unknown) else ()
+        done = Done(model.open(number, weights), model.open(number, weights), weights, writes, notes)
         for stage in done.after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if wanted:
@@ -113,7 +163,7 @@ class Chooser:
         tokens: Weights,
     ) -> None:
         found = self._looked_at(done, stage, wanted, streams, tokens)
-        chosen = [(tensor, self._chosen(done, tensor, *found[tensor.name])) for tensor in wanted]
+        chosen = [(tensor, self._chosen(done, tensor, found[tensor.name])) for tensor in wanted]
         for tensor, choice in chosen:
             done.choose(tensor, choice)
 
@@ -124,38 +174,28 @@ class Chooser:
         wanted: Sequence[PlannedTensor],
         streams: Mapping[str, Stream],
         tokens: Weights,
-    ) -> dict[str, tuple[Moments, Moments | None]]:
-        """Moments of the stage's inputs in the quantized stream, and with the full one's: for each weight its own where
-        tokens count for it as they do for no other. Of experts there are none between streams, which may send a token
-        to different ones.
+    ) -> dict[str, Looked]:
+        """Moments of the stage's inputs: for each weight its own where tokens count for it as they do for no other. Of
+        experts there are none between the streams, which may send a token to different ones.
         """
-        experts = wanted[0].target.shape[0] if len(wanted[0].target.shape) == 3 else 0
+        dense = len(wanted[0].target.shape) == 2
         apart = any(tensor.name in tokens for tensor in wanted)
-        crossed = bool(self.recipe.target) and not experts
-        found = {
-            tensor.name: (
-                Moments(tensor.name, "hessian", experts=experts, least_tokens=LEAST_EXPERT_TOKENS),
-                Moments(tensor.name, "cross") if crossed else None,
-            )
-            for tensor in (wanted if apart else wanted[:1])
-        }
-        was = streams[FULL].batches() if crossed else repeat((slice(0), None))
+        both = bool(self.recipe.target) and dense
+        last = stage == done.after.stages[-1]
+        found = {t.name: Looked.of(t, both, t.name in done.writes, last) for t in (wanted if apart else wanted[:1])}
+        was = streams[FULL].batches() if both else repeat((slice(0), None))
         for (where, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
-            x = done.after.inputs(stage, states)
-            y = done.before.inputs(stage, full) if crossed else x
-            for name, (hessian, cross) in found.items():
-                count_N = tokens[name][where].reshape(-1) if name in tokens else None
-                hessian.add(x, count_N)
-                if cross:
-                    cross.add(y, count_N, other_NI=x.x_NI)
+            y = done.after.inputs(stage, states)
+            x = done.before.inputs(stage, full) if both else None
+            left = done.left(full, states, last) if any(looked.left for looked in found.values()) else None
+            for name, looked in found.items():
+                looked.add(y, x, left, tokens[name][where].reshape(-1) if name in tokens else None)
         return {tensor.name: found[tensor.name if apart else wanted[0].name] for tensor in wanted}
 
     def _scaled(
-        self, model: Layered, number: int, weights: dict[str, Array], entering: Stream
+        self, model: Layered, number: int, weights: dict[str, Array], found: Sequence[Feed], entering: Stream
     ) -> tuple[dict[str, Array], tuple[str, ...]]:
         """The layer's weights with AWQ's factors folded in, and what is to be said of them."""
-        shape = ModelShape.from_config(model.config)
-        wired = wiring({name: w.shape for name, w in weights.items()}, model.prefix(number), shape)
         layer, moments = model.open(number, weights), dict[str, Moments]()
         for _, hidden in entering.batches():
             heard, _ = layer.heard(hidden)
@@ -166,19 +206,20 @@ class Chooser:
                         moments[name] = Moments(name, "squares", experts=experts, least_tokens=LEAST_EXPERT_TOKENS)
                     moments[name].add(heard[stage[0]])
         _, first = next(entering.batches(_CHECK_TOKENS))
-        hold, refused = check(model, number, weights, feeds(wired, weights, shape), first[:1, :_CHECK_TOKENS])
+        hold, refused = check(model, number, weights, found, first[:1, :_CHECK_TOKENS])
         made = awq(weights, hold, moments, lambda name: model.tensors[name].codec, model.plan.dtype)
         return made.weights, tuple(filter(None, (made.note, *refused)))
 
-    def _chosen(self, done: Done, tensor: PlannedTensor, moments: Moments, cross: Moments | None) -> Chosen:
-        w = done.weights[tensor.name]
+    def _chosen(self, done: Done, tensor: PlannedTensor, looked: Looked) -> Chosen:
+        w, moments = done.weights[tensor.name], looked.hessian
         if moments.experts:
-            pieces = [self.weight(tensor, w_OI, moments.for_expert(e)[0]) for e, w_OI in enumerate(w)]
+            pieces = [self.prepared(tensor, moments.for_expert(e)[0])(w_OI) for e, w_OI in enumerate(w)]
             chosen, before = joined([piece for piece, _ in pieces]), fmean(r for _, r in pieces)
             few = len(moments.fallbacks)
             note = f"{few} of {moments.experts} experts saw too little text" if few else chosen.note
         else:
-            chosen, before = self.weight(tensor, w, moments.mean(), cross.mean() if cross else None)
+            means = [part.mean() if part else None for part in (looked.cross, looked.left)]
+            chosen, before = self.prepared(tensor, moments.mean(), *means)(w)
             note = chosen.note
         done.records.append(Record(tensor.name, tensor.codec.label, before, chosen.error, moments.tokens, note))
         return chosen
@@ -207,29 +248,26 @@ class Chooser:
 
     # -- one weight
 
-    def weight(
-        self, tensor: PlannedTensor, w_OI: Array, hessian_II: Array, cross_II: Array | None = None
-    ) -> tuple[Chosen, float]:
-        """(codes, the error of min/max rounding) under one Hessian."""
-        return self.prepared(tensor, hessian_II, cross_II)(w_OI)
-
     def _ready(self, hessian_II: Array, tensor: PlannedTensor) -> Prepared:
         return prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
 
-    def prepared(self, tensor: PlannedTensor, hessian_II: Array, cross_II: Array | None = None) -> RowChooser:
-        """The same for row chunks of one matrix."""
-        wanted = self.recipe.codes == "gptq" and tensor.codec.mode == "affine"
-        note = ""
-        try:
-            ready = self._ready(hessian_II, tensor) if wanted else None
-        except NotPositive as error:
-            ready, note = None, str(error)
+    def prepared(
+        self, tensor: PlannedTensor, hessian_II: Array, cross_II: Array | None = None, left_OI: Array | None = None
+    ) -> RowChooser:
+        """Codes under one Hessian; of a matrix in row chunks where there is no left_OI."""
+        ready, note = None, ""
+        if self.recipe.codes == "gptq" and tensor.codec.mode == "affine":
+            try:
+                ready = self._ready(hessian_II, tensor)
+            except NotPositive as error:
+                note = str(error)
 
         def of(w_OI: Array) -> tuple[Chosen, float]:
-            before = rounding(tensor, w_OI, hessian_II)
+            before, target = rounding(tensor, w_OI, hessian_II), None
             if ready is None:
                 return searched(tensor, w_OI, hessian_II, note), before
-            target = corrected(w_OI, hessian_II, cross_II, self.recipe.target) if cross_II is not None else None
+            if cross_II is not None or left_OI is not None:
+                target = corrected(w_OI, hessian_II, cross_II, left_OI, strength=self.recipe.target)
             return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
 
         return of

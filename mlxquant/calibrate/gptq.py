@@ -192,19 +192,29 @@ def _round(tile: Tile, prepared: Prepared, dtype_code: str, codec: Codec) -> Non
 
 
 def corrected(
-    w_OI: Array, hessian_II: Array, cross_II: Array, strength: float = 1.0, *, damping: float = 0.01
+    w_OI: Array,
+    hessian_II: Array,
+    cross_II: Array | None,
+    left_OI: Array | None = None,
+    *,
+    strength: float = 1.0,
+    damping: float = 0.01,
 ) -> Array:
     """What weights should be, of the inputs that they get, so that the layer says what it would have said.
 
     hessian_II = mean y y^T of the inputs y that quantized layers before made, cross_II = mean x y^T of what they were,
     x. |w x - t y|^2 is least for t = w cross hessian^-1 = w + w (cross - hessian) hessian^-1 (GPTAQ, Li et al. 2025,
-    arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695). strength: how much of the difference is taken.
-    damping: of the Hessian's mean diagonal. Float32 (O, I). Raises NotPositive where that leaves it singular.
+    arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695). left_OI = mean d y^T: where the output is added to a
+    stream that is already off by d, t makes that good, too. strength: how much of the difference is taken. damping: of
+    the Hessian's mean diagonal. Float32 (O, I). Raises NotPositive where that leaves it singular.
     """
     damped_II = hessian_II.copy()
     damped_II.reshape(-1)[:: len(damped_II) + 1] += np.float32(damping * np.diagonal(hessian_II).mean())
+    pull_OI = np.zeros_like(w_OI) if cross_II is None else w_OI @ (cross_II - hessian_II)
+    if left_OI is not None:
+        pull_OI = pull_OI + left_OI
     try:
-        change_IO = np.linalg.solve(damped_II, (w_OI @ (cross_II - hessian_II)).T)
+        change_IO = np.linalg.solve(damped_II, pull_OI.T)
     except np.linalg.LinAlgError as error:
         raise NotPositive("the Hessian is singular with damping, too") from error
     return np.asarray(w_OI + np.float32(strength) * change_IO.T, np.float32)

@@ -101,6 +101,6 @@ def test_a_hessian_that_is_not_positive_falls_back_to_search_and_says_so(llama):
     tensor = next(t for t in plan.tensors if t.name.endswith("q_proj.weight"))
     w = np.random.default_rng(0).standard_normal(tensor.target.shape).astype(np.float32)
     hessian = -np.eye(w.shape[1], dtype=np.float32)
-    chosen, _ = Chooser(RECIPES["gptq"][0]).weight(tensor, w, hessian)
+    chosen, _ = Chooser(RECIPES["gptq"][0]).prepared(tensor, hessian)(w)
     assert "Hessian" in chosen.note
     assert np.abs(chosen.values_OI - w).max() < 1
