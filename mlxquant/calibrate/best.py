@@ -30,7 +30,7 @@ from mlxquant.measure.score import score
 Array = np.ndarray[Any, Any]
 
 # Of the layers, so many are quantized by each candidate.
-SHARE = 0.25
+SHARE = 0.2
 FILE = "trials.json"
 _HEAD_TOKENS = 128
 

@@ -44,6 +44,8 @@ Array = np.ndarray[Any, Any]
 CALIBRATION = "calibration"
 # Of a matrix of the vocabulary that is worked on at once: 4,096 rows of 4,096 weights.
 ROWS_BYTES = 32 * 2**20
+# Of freed arrays that MLX may keep for the next ones: of every size there is one each layer.
+_CACHE_BYTES = 256 * 2**20
 # Of the samples, at most eight of them: what recipes are judged by.
 _HELD = 0.125
 
@@ -84,6 +86,9 @@ def to_mlx(
     missing, NaN in weights or activations), UnsupportedError (a family that cannot be run layer by layer), TargetError,
     and KeyboardInterrupt when the watch says so.
     """
+    import mlx.core as mx
+
+    mx.set_cache_limit(_CACHE_BYTES)
     model = Layered(source, plan, rotation)
     small = small_files(source, plan, model.config)
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
