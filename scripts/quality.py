@@ -30,11 +30,11 @@ MLX = {
     for bits in (8, 6, 5, 4, 3, 2)
 }
 # What `convert` makes unasked, where that is not what recipe uniform makes of a dense model.
-BALANCED = {f"mlx-{bits}bit-balanced": ("--bits", str(bits)) for bits in (5, 4, 3)}
+BALANCED = {f"mlx-{bits}bit-balanced": ("--bits", str(bits), "--method", "rtn") for bits in (5, 4, 3)}
 BESIDE = {
     "gguf": {f"{level}.gguf": ("--type", level) for level in ("Q4_0", "Q4_K_S", "IQ4_XS")},
-    "mlx": {"mlx-4bit-balanced": ("--bits", "4")},
-    "balanced": {"mlx-mxfp4-balanced": ("--mode", "mxfp4")},
+    "mlx": {"mlx-4bit-balanced": ("--bits", "4", "--method", "rtn")},
+    "balanced": {"mlx-mxfp4-balanced": ("--mode", "mxfp4", "--method", "rtn")},
 }
 LADDERS = {"gguf": GGUF, "mlx": MLX, "balanced": BALANCED}
 # What claims compare.
