@@ -105,11 +105,11 @@ def _carried_out(
         _embedded(model, streams, tokens_BL, change if kind == QUANTIZED else None, kind)
     _embedded(model, held, held_BL, change)
     for number in range(layers):
-        done = chooser.layer(model, number, streams.all_of(number), tokens if recipe.tokens else {})
-        for some in (streams, held):
-            for kind, entering in some.all_of(number).items():
-                some.of(kind, number + 1).write(done.run(kind, entering))
-                entering.path.unlink()
+        done = chooser.layer(model, number, streams, tokens if recipe.tokens else {})
+        chooser.leave(done, number, streams)
+        held.of(QUANTIZED, number + 1).write(done.run(held.of(QUANTIZED, number)))
+        for entering in (*streams.all_of(number).values(), held.of(QUANTIZED, number)):
+            entering.path.unlink()
         _step(watch)
     return held.of(QUANTIZED, layers)
 

@@ -16,7 +16,7 @@ from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, outp
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.statistics import Moments
-from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream
+from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream, Streams
 from mlxquant.calibrate.token_weights import Weights
 from mlxquant.calibrate.values import Chosen, Inputs
 from mlxquant.calibrate.wiring import wiring
@@ -95,17 +95,11 @@ class Done:
         self.before, self.after, self.weights, self.writes, self.notes = before, after, weights, writes, notes
         self.chosen: dict[str, Chosen] = {}
         self.records: list[Record] = []
+        self.sums: dict[str, str] = {}
 
     def choose(self, tensor: PlannedTensor, chosen: Chosen) -> None:
         self.chosen[tensor.name] = chosen
         self.after.put(tensor.name, chosen.values_OI.reshape(tensor.target.shape))
-
-    def left(self, full: Any, states: Any, last: bool) -> Array:
-        """(N, H): by how much the quantized stream is off where a stage adds to it: as it entered the layer; of the
-        last stage, as it would leave it, were that stage not rounded.
-        """
-        off = self.before.run(full) - self.after.run(states) if last else full - states
-        return np.asarray(off.reshape(-1, off.shape[-1]))
 
     def parts(self, tensor: PlannedTensor) -> tuple[Array, ...]:
         """What is stored of a tensor, rows first."""
@@ -113,10 +107,10 @@ class Done:
             return self.chosen[tensor.name].parts
         return encode(by_rows(self.weights[tensor.name]), "F32", tensor.dtype, KEEP)
 
-    def run(self, kind: str, entering: Stream) -> Iterator[Array]:
-        layer = self.before if kind == FULL else self.after
+    def run(self, entering: Stream) -> Iterator[Array]:
+        """What leaves the layer with what has been chosen."""
         for _, hidden in entering.batches():
-            yield layer.run(hidden)
+            yield self.after.run(hidden)
 
 
 class Chooser:
@@ -132,37 +126,47 @@ class Chooser:
 
     # -- one layer
 
-    def layer(self, model: Layered, number: int, streams: Mapping[str, Stream], tokens: Weights) -> Done:
-        """Stage by stage: what is chosen first is what the next stage's inputs come from. tokens: how much each counts,
-        for the weights that it names. Raises SourceError.
+    def layer(self, model: Layered, number: int, streams: Streams, tokens: Weights) -> Done:
+        """Stage by stage: what is chosen first is what the next stage's inputs come from. What leaves the layer as it
+        is gets written first, as the last stage compares with it. tokens: how much each counts, for the weights that
+        it names. Raises SourceError.
         """
         weights, notes = model.weights(number), tuple[str, ...]()
         shape = ModelShape.from_config(model.config)
         wired = wiring({name: w.shape for name, w in weights.items()}, model.prefix(number), shape)
         if self.recipe.factors:
             hold = feeds(wired, weights, shape)
-            weights, notes = self._scaled(model, number, weights, hold, streams[QUANTIZED])
+            weights, notes = self._scaled(model, number, weights, hold, streams.of(QUANTIZED, number))
         plain = float(model.config.get("residual_multiplier") or 1) == 1  # granite's is not
         writes = wired.writes if plain and not (wired.written_norms or wired.unknown) else ()
         done = Done(model.open(number, weights), model.open(number, weights), weights, writes, notes)
+        if FULL in self.kinds:
+            full = (done.before.run(states) for _, states in streams.of(FULL, number).batches())
+            done.sums[FULL] = streams.of(FULL, number + 1).write(full)
         for stage in done.after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if wanted:
-                self._stage(done, stage, wanted, streams, tokens)
+                self._stage(done, stage, wanted, streams, number, tokens)
         for tensor in model.of_layer(number):
             if tensor.codec.quantized and tensor.name not in done.chosen:
                 done.choose(tensor, searched(tensor, by_rows(weights[tensor.name])))
         return done
+
+    def leave(self, done: Done, number: int, streams: Streams) -> dict[str, str]:
+        """Writes what leaves the layer with what was chosen; the sha256 of both streams."""
+        leaving = streams.of(QUANTIZED, number + 1)
+        return done.sums | {QUANTIZED: leaving.write(done.run(streams.of(QUANTIZED, number)))}
 
     def _stage(
         self,
         done: Done,
         stage: Sequence[str],
         wanted: Sequence[PlannedTensor],
-        streams: Mapping[str, Stream],
+        streams: Streams,
+        number: int,
         tokens: Weights,
     ) -> None:
-        found = self._looked_at(done, stage, wanted, streams, tokens)
+        found = self._looked_at(done, stage, wanted, streams, number, tokens)
         chosen = [(tensor, self._chosen(done, tensor, found[tensor.name])) for tensor in wanted]
         for tensor, choice in chosen:
             done.choose(tensor, choice)
@@ -172,7 +176,8 @@ class Chooser:
         done: Done,
         stage: Sequence[str],
         wanted: Sequence[PlannedTensor],
-        streams: Mapping[str, Stream],
+        streams: Streams,
+        number: int,
         tokens: Weights,
     ) -> dict[str, Looked]:
         """Moments of the stage's inputs: for each weight its own where tokens count for it as they do for no other. Of
@@ -183,11 +188,21 @@ class Chooser:
         both = bool(self.recipe.target) and dense
         last = stage == done.after.stages[-1]
         found = {t.name: Looked.of(t, both, t.name in done.writes, last) for t in (wanted if apart else wanted[:1])}
-        was = streams[FULL].batches() if both else repeat((slice(0), None))
-        for (where, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
-            y = done.after.inputs(stage, states)
-            x = done.before.inputs(stage, full) if both else None
-            left = done.left(full, states, last) if any(looked.left for looked in found.values()) else None
+        crossed = any(looked.cross for looked in found.values())
+        adds = any(looked.left for looked in found.values())
+        for (where, states), full, leaving in zip(
+            streams.of(QUANTIZED, number).batches(),
+            _batches(streams, number, crossed or (adds and not last)),
+            _batches(streams, number + 1, adds and last),
+            strict=False,
+        ):
+            x, left = done.before.inputs(stage, full) if crossed else None, None
+            if adds and last:
+                y, out = done.after.inputs_and_out(stage, states)
+                left = by_rows(leaving - out)
+            else:
+                y = done.after.inputs(stage, states)
+                left = by_rows(full - states) if adds else None
             for name, looked in found.items():
                 looked.add(y, x, left, tokens[name][where].reshape(-1) if name in tokens else None)
         return {tensor.name: found[tensor.name if apart else wanted[0].name] for tensor in wanted}
@@ -271,6 +286,11 @@ class Chooser:
             return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
 
         return of
+
+
+def _batches(streams: Streams, number: int, wanted: bool) -> Iterator[Any]:
+    """Of the stream as it is, what enters a layer; nothing for ever, where it is not wanted."""
+    return (states for _, states in streams.of(FULL, number).batches()) if wanted else repeat(None)
 
 
 def searched(tensor: PlannedTensor, w_OI: Array, hessian_II: Array | None = None, note: str = "") -> Chosen:

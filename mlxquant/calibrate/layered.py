@@ -215,6 +215,12 @@ class Layer:
         mx.eval(heard.x_NI)
         return heard
 
+    def inputs_and_out(self, stage: Sequence[str], hidden_BLH: Any) -> tuple[Inputs, Array]:
+        """The same, and what leaves the layer, of one run."""
+        ears, module = self._ears([stage[0]])
+        out = self.call(module, hidden_BLH)
+        return ears[stage[0]].heard, np.array(out)
+
     def heard(self, hidden_BLH: Any) -> tuple[dict[str, Inputs], Array]:
         """What enters every stage, by the stage's first name, and what leaves the layer: all of one run."""
         ears, module = self._ears([stage[0] for stage in self.stages])

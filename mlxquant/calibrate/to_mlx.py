@@ -191,13 +191,11 @@ class _Job:
     # -- one layer
 
     def _layer(self, number: int, tokens: Weights) -> None:
-        entering = self._streams.all_of(number)
-        done = self._chooser.layer(self._model, number, entering, tokens)
+        done = self._chooser.layer(self._model, number, self._streams, tokens)
         for tensor in self._model.of_layer(number):
             self._write(tensor, [done.parts(tensor)])
         self.records += done.records
-        leaving = self._streams.all_of(number + 1)
-        sums = {kind: leaving[kind].write(done.run(kind, entering[kind])) for kind in leaving}
+        sums = self._chooser.leave(done, number, self._streams)
         self._streams.finish(number + 1, sums, self._told())
 
     # -- behind the last
