@@ -52,9 +52,12 @@ def decide(
     folder: Path,
     watch: Watch,
     limit_s: float | None = None,
+    head_II: Array | None = None,
 ) -> list[Trial]:
-    """The candidates that were tried, the best first. tokens: of token_weights.py for tokens_BL. Kept in `folder`,
-    where a later call finds what was decided. Raises KeyboardInterrupt when the watch says so.
+    """The candidates that were tried, the best first.
+
+    tokens: of token_weights.py for tokens_BL. head_II: as Chooser takes it. Kept in `folder`, where a later call finds
+    what was decided. Raises KeyboardInterrupt when the watch says so.
     """
     if (found := _read(folder / FILE, candidates)) is not None:
         return found
@@ -66,7 +69,7 @@ def decide(
         took = (time.monotonic() - began) / max(1, len(tried))
         if tried and limit_s is not None and time.monotonic() - began + took > limit_s:
             break
-        held[str(len(tried))] = _carried_out(model, recipe, layers, tokens_BL, held_BL, tokens, scratch, watch)
+        held[str(len(tried))] = _carried_out(model, recipe, layers, tokens_BL, held_BL, tokens, scratch, watch, head_II)
         tried.append(recipe)
     held[FULL] = _embedded(model, Streams(scratch / "full", _shape(model, held_BL), (FULL,)), held_BL, None)
     for number in range(model.count):
@@ -95,12 +98,13 @@ def _carried_out(
     tokens: Weights,
     scratch: Path,
     watch: Watch,
+    head_II: Array | None,
 ) -> Stream:
     """What the held-out samples are behind the first layers, quantized by a recipe."""
-    chooser, folder = Chooser(recipe), scratch / recipe.label
+    chooser, folder = Chooser(recipe, head_II), scratch / recipe.label
     streams = Streams(folder, _shape(model, tokens_BL), chooser.kinds)
     held = Streams(folder / "held", _shape(model, held_BL), (QUANTIZED,))
-    change = chooser.table_values(model, model.embedding(), tokens_BL)
+    change = chooser.table_values(model.embedding())
     for kind in chooser.kinds:
         _embedded(model, streams, tokens_BL, change if kind == QUANTIZED else None, kind)
     _embedded(model, held, held_BL, change)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import repeat
 from statistics import fmean
 from typing import Any
@@ -80,19 +80,17 @@ class Looked:
 
 
 class Done:
-    """One layer's choices, while the layer is at hand. before: as it is; after: with what has been chosen. writes:
-    weights whose output is added to the residual stream as it is.
+    """One layer's choices, while the layer is at hand. before: as it is; after: with what has been chosen.
+
+    writes: weights whose output is added to the stream as it is. adds: of these, those that can make good what the
+    stream is off by: the first stage knows what entered the layer, and the last what leaves it.
     """
 
-    def __init__(
-        self,
-        before: Layer,
-        after: Layer,
-        weights: dict[str, Array],
-        writes: Collection[str],
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.before, self.after, self.weights, self.writes, self.notes = before, after, weights, writes, notes
+    def __init__(self, before: Layer, after: Layer, weights: dict[str, Array], writes: frozenset[str]) -> None:
+        self.before, self.after, self.weights = before, after, weights
+        writing = [stage for stage in after.stages if not writes.isdisjoint(stage)]
+        ends = {*writing[0], *after.stages[-1]} if writing else set[str]()
+        self.adds = writes & ends
         self.chosen: dict[str, Chosen] = {}
         self.records: list[Record] = []
         self.sums: dict[str, str] = {}
@@ -114,10 +112,12 @@ class Done:
 
 
 class Chooser:
-    """Carries out a recipe. Holds nothing between layers."""
+    """Carries out a recipe. Holds nothing between layers. head_II: moments of what enters the output head, for a model
+    whose head is its embedding, which is chosen before anything has passed the layers.
+    """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, head_II: Array | None = None) -> None:
+        self.recipe, self._head_II = recipe, head_II
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -138,8 +138,10 @@ class Chooser:
             hold = feeds(wired, weights, shape)
             weights, notes = self._scaled(model, number, weights, hold, streams.of(QUANTIZED, number))
         plain = float(model.config.get("residual_multiplier") or 1) == 1  # granite's is not
-        writes = wired.writes if plain and not (wired.written_norms or wired.unknown) else ()
-        done = Done(model.open(number, weights), model.open(number, weights), weights, writes, notes)
+        known = plain and not (wired.written_norms or wired.unknown)
+        done = Done(
+            model.open(number, weights), model.open(number, weights), weights, frozenset(wired.writes if known else ())
+        )
         if FULL in self.kinds:
             full = (done.before.run(states) for _, states in streams.of(FULL, number).batches())
             done.sums[FULL] = streams.of(FULL, number + 1).write(full)
@@ -150,6 +152,8 @@ class Chooser:
         for tensor in model.of_layer(number):
             if tensor.codec.quantized and tensor.name not in done.chosen:
                 done.choose(tensor, searched(tensor, by_rows(weights[tensor.name])))
+        if notes and done.records:
+            done.records[0] = replace(done.records[0], note="; ".join([*notes, *filter(None, [done.records[0].note])]))
         return done
 
     def leave(self, done: Done, number: int, streams: Streams) -> dict[str, str]:
@@ -187,7 +191,7 @@ class Chooser:
         apart = any(tensor.name in tokens for tensor in wanted)
         both = bool(self.recipe.target) and dense
         last = stage == done.after.stages[-1]
-        found = {t.name: Looked.of(t, both, t.name in done.writes, last) for t in (wanted if apart else wanted[:1])}
+        found = {t.name: Looked.of(t, both, t.name in done.adds, last) for t in (wanted if apart else wanted[:1])}
         crossed = any(looked.cross for looked in found.values())
         adds = any(looked.left for looked in found.values())
         for (where, states), full, leaving in zip(
@@ -241,13 +245,17 @@ class Chooser:
 
     # -- the vocabulary's matrices
 
-    def table(self, model: Layered, tensor: PlannedTensor, tokens_BL: Array) -> RowChooser:
-        """Of the embedding: its rows are added to the stream as they are, each column as good as any other."""
+    def table(self, tensor: PlannedTensor) -> RowChooser:
+        """Of the embedding: its rows enter the stream as they are, each column as good as any other. As a head, too,
+        it is chosen by that: there an error is multiplied by large states.
+        """
+        if self._head_II is not None:
+            return self.prepared(tensor, self._head_II)
         return lambda w_OI: (searched(tensor, w_OI), 0.0)
 
-    def table_values(self, model: Layered, tensor: PlannedTensor, tokens_BL: Array) -> Callable[[Array], Array] | None:
+    def table_values(self, tensor: PlannedTensor) -> Callable[[Array], Array] | None:
         """What its codes stand for, given rows as they are; None for one that stays float."""
-        choose = self.table(model, tensor, tokens_BL)
+        choose = self.table(tensor)
         return (lambda rows: choose(rows)[0].values_OI) if tensor.codec.quantized else None
 
     def head(self, model: Layered, tensor: PlannedTensor, streams: Mapping[str, Stream]) -> RowChooser:
@@ -286,6 +294,14 @@ class Chooser:
             return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
 
         return of
+
+
+def head_moments(model: Layered, leaving: Stream) -> Array:
+    """(H, H): mean of x x^T of what enters the output head, given what leaves the last layer."""
+    found = Moments(model.head().name, "hessian")
+    for _, states in leaving.batches():
+        found.add(Inputs(by_rows(np.array(model.finish(states)))))
+    return found.mean()
 
 
 def _batches(streams: Streams, number: int, wanted: bool) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from mlxquant.calibrate.best import Trial, decide
-from mlxquant.calibrate.choose import Chooser, Record, RowChooser
+from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments
+from mlxquant.calibrate.gradients import trace
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.rotate import Rotation
@@ -34,7 +37,7 @@ from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
 from mlxquant.files.publish import Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
-from mlxquant.files.writing import writing
+from mlxquant.files.writing import write_whole, writing
 from mlxquant.measure.runner import Silent, Watch
 from mlxquant.plan.plan import Plan, PlannedTensor
 from mlxquant.tensors import DTYPES
@@ -125,12 +128,13 @@ class _Job:
         kept, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
         self._tokens_BL = kept.tokens_BL
         self._tokens = self._token_weights() if any(recipe.tokens for recipe in recipes) else {}
+        head_II = self._tied_head() if any(recipe.codes == "gptq" for recipe in recipes) else None
         self.trials: list[Trial] = []
         if held is not None:
             texts = self._tokens_BL, held.tokens_BL, self._tokens
-            self.trials = decide(model, recipes, *texts, self._folder, watch, limit_s)
+            self.trials = decide(model, recipes, *texts, self._folder, watch, limit_s, head_II)
         self.recipe = self.trials[0].recipe if self.trials else recipes[0]
-        self._chooser = Chooser(self.recipe)
+        self._chooser = Chooser(self.recipe, head_II)
         self._streams = Streams(self._folder, (*self._tokens_BL.shape, model.width), self._chooser.kinds)
         self.records: list[Record] = []
 
@@ -171,16 +175,31 @@ class _Job:
 
         return token_weights(self._model, self._tokens_BL, self._folder, told)
 
+    def _tied_head(self) -> Array | None:
+        """Moments of what enters the head, where that is the embedding, of the model as it is; kept for a later run."""
+        if self._model.head().name != self._model.embedding().name or not self._model.embedding().codec.quantized:
+            return None
+        file, scratch = self._folder / "head.safetensors", self._folder / "trace"
+        if file.exists():
+            found: Array = load(file.read_bytes())["hessian"]
+            return found
+        self._watch.stage("Asking what enters the head", self._model.count, "layers")
+        kept = trace(self._model, self._tokens_BL, scratch, lambda done, of: self._watch.advance(1))
+        made = head_moments(self._model, kept[-1])
+        shutil.rmtree(scratch)
+        write_whole(file, save({"hessian": made}))
+        return made
+
     # -- before the first layer
 
     def _begin(self) -> None:
         """The embedding's codes, and what enters the first layer of both streams."""
         tensor = self._model.embedding()
         if tensor.codec.quantized:
-            self._rows(tensor, self._chooser.table(self._model, tensor, self._tokens_BL))
+            self._rows(tensor, self._chooser.table(tensor))
         ids_U, places = np.unique(self._tokens_BL, return_inverse=True)
         places_BL, sums = places.reshape(self._tokens_BL.shape), {}
-        changed = self._chooser.table_values(self._model, tensor, self._tokens_BL)
+        changed = self._chooser.table_values(tensor)
         for kind in self._streams.kinds:
             change = changed if kind == QUANTIZED else None
             table_UH = self._model.table(ids_U, change)

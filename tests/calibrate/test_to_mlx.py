@@ -101,6 +101,13 @@ def test_every_width_has_its_codes(trained_dense, tmp_path, bits):
     assert all(r.error < r.rounding for r in written.records if r.rounding)
 
 
+def test_an_embedding_that_is_the_head_is_chosen_by_what_enters_the_head(tmp_path):
+    folder = make(tmp_path / "tiny", "llama", dtype="float32", tied=True)
+    first, *_ = convert(folder, tmp_path / "out").records
+    assert first.name == "model.embed_tokens.weight"
+    assert 0 < first.error < 0.9 * first.rounding
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rotated_model_says_what_it_said_until_it_is_rounded(tmp_path, tied):
     folder = make(tmp_path / "tiny", "llama", dtype="float32", tied=tied)
