@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream, Streams
 from mlxquant.calibrate.token_weights import Weights
 from mlxquant.files.writing import write_whole
-from mlxquant.measure.runner import Watch
+from mlxquant.measure.runner import Watch, step
 from mlxquant.measure.score import score
 
 Array = np.ndarray[Any, Any]
 
 # Of the layers, so many are quantized by each candidate.
-SHARE = 0.2
+SHARE = 0.15
 FILE = "trials.json"
 _HEAD_TOKENS = 128
 
@@ -71,7 +71,8 @@ def decide(
             break
         held[str(len(tried))] = _carried_out(model, recipe, layers, tokens_BL, held_BL, tokens, scratch, watch, head_II)
         tried.append(recipe)
-    held[FULL] = _embedded(model, Streams(scratch / "full", _shape(model, held_BL), (FULL,)), held_BL, None)
+    held[FULL] = Stream(scratch / "full.f32", _shape(model, held_BL))
+    held[FULL].write(model.embedded(held_BL))
     for number in range(model.count):
         layer = model.open(number, model.weights(number))
         for kind in held if number >= layers else [FULL]:
@@ -80,7 +81,7 @@ def decide(
             held[kind].path.unlink()
             held[kind] = leaving
         if number >= layers:
-            _step(watch)
+            step(watch)
     trials = [Trial(recipe, _divergence(model, held[FULL], held[str(i)], held_BL)) for i, recipe in enumerate(tried)]
     trials.sort(key=lambda trial: trial.nats)
     shutil.rmtree(scratch)
@@ -106,26 +107,16 @@ def _carried_out(
     held = Streams(folder / "held", _shape(model, held_BL), (QUANTIZED,))
     change = chooser.table_values(model.embedding())
     for kind in chooser.kinds:
-        _embedded(model, streams, tokens_BL, change if kind == QUANTIZED else None, kind)
-    _embedded(model, held, held_BL, change)
+        streams.of(kind, 0).write(model.embedded(tokens_BL, change if kind == QUANTIZED else None))
+    held.of(QUANTIZED, 0).write(model.embedded(held_BL, change))
     for number in range(layers):
         done = chooser.layer(model, number, streams, tokens if recipe.tokens else {})
         chooser.leave(done, number, streams)
         held.of(QUANTIZED, number + 1).write(done.run(held.of(QUANTIZED, number)))
         for entering in (*streams.all_of(number).values(), held.of(QUANTIZED, number)):
             entering.path.unlink()
-        _step(watch)
+        step(watch)
     return held.of(QUANTIZED, layers)
-
-
-def _embedded(
-    model: Layered, streams: Streams, tokens_BL: Array, change: Callable[[Array], Array] | None, kind: str = ""
-) -> Stream:
-    into = streams.of(kind or streams.kinds[0], 0)
-    ids_U, places = np.unique(tokens_BL, return_inverse=True)
-    table_UH = model.table(ids_U, change)
-    into.write(model.embed_rows(places_L[None], table_UH) for places_L in places.reshape(tokens_BL.shape))
-    return into
 
 
 def _divergence(model: Layered, full: Stream, quantized: Stream, tokens_BL: Array) -> float:
@@ -145,12 +136,6 @@ def _divergence(model: Layered, full: Stream, quantized: Stream, tokens_BL: Arra
 
 def _shape(model: Layered, tokens_BL: Array) -> tuple[int, int, int]:
     return (*tokens_BL.shape, model.width)
-
-
-def _step(watch: Watch) -> None:
-    watch.advance(1)
-    if watch.stopped():
-        raise KeyboardInterrupt
 
 
 def _read(path: Path, candidates: Sequence[Recipe]) -> list[Trial] | None:

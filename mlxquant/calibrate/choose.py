@@ -21,10 +21,12 @@ from mlxquant.calibrate.token_weights import Weights
 from mlxquant.calibrate.values import Chosen, Inputs
 from mlxquant.calibrate.wiring import wiring
 from mlxquant.codecs.encode import decode, encode
+from mlxquant.codecs.floats import narrow
 from mlxquant.codecs.search import search
-from mlxquant.codecs.spec import KEEP
+from mlxquant.convert.to_mlx import check_finite, named
 from mlxquant.families.shape import ModelShape
 from mlxquant.plan.plan import PlannedTensor
+from mlxquant.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
 
@@ -71,7 +73,7 @@ class Looked:
             Moments(name, "cross") if both and writes else None,
         )
 
-    def add(self, y: Inputs, x: Inputs | None, left_NH: Any, count_N: Array | None) -> None:
+    def add(self, y: Inputs, x: Inputs | None, left_NH: Any = None, count_N: Array | None = None) -> None:
         self.hessian.add(y, count_N)
         if self.cross and x:
             self.cross.add(x, count_N, other_NI=y.x_NI)
@@ -103,7 +105,7 @@ class Done:
         """What is stored of a tensor, rows first."""
         if tensor.name in self.chosen:
             return self.chosen[tensor.name].parts
-        return encode(by_rows(self.weights[tensor.name]), "F32", tensor.dtype, KEEP)
+        return (kept(tensor, by_rows(self.weights[tensor.name])),)
 
     def run(self, entering: Stream) -> Iterator[Array]:
         """What leaves the layer with what has been chosen."""
@@ -148,10 +150,14 @@ class Chooser:
         for stage in done.after.stages:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if wanted:
-                self._stage(done, stage, wanted, streams, number, tokens)
+                found = self._looked_at(done, stage, wanted, streams, number, tokens)
+                chosen = [(tensor, self._chosen(done, tensor, found[tensor.name])) for tensor in wanted]
+                for tensor, choice in chosen:
+                    done.choose(tensor, choice)
         for tensor in model.of_layer(number):
             if tensor.codec.quantized and tensor.name not in done.chosen:
-                done.choose(tensor, searched(tensor, by_rows(weights[tensor.name])))
+                with named(tensor):
+                    done.choose(tensor, searched(tensor, by_rows(weights[tensor.name])))
         if notes and done.records:
             done.records[0] = replace(done.records[0], note="; ".join([*notes, *filter(None, [done.records[0].note])]))
         return done
@@ -160,20 +166,6 @@ class Chooser:
         """Writes what leaves the layer with what was chosen; the sha256 of both streams."""
         leaving = streams.of(QUANTIZED, number + 1)
         return done.sums | {QUANTIZED: leaving.write(done.run(streams.of(QUANTIZED, number)))}
-
-    def _stage(
-        self,
-        done: Done,
-        stage: Sequence[str],
-        wanted: Sequence[PlannedTensor],
-        streams: Streams,
-        number: int,
-        tokens: Weights,
-    ) -> None:
-        found = self._looked_at(done, stage, wanted, streams, number, tokens)
-        chosen = [(tensor, self._chosen(done, tensor, found[tensor.name])) for tensor in wanted]
-        for tensor, choice in chosen:
-            done.choose(tensor, choice)
 
     def _looked_at(
         self,
@@ -232,13 +224,17 @@ class Chooser:
     def _chosen(self, done: Done, tensor: PlannedTensor, looked: Looked) -> Chosen:
         w, moments = done.weights[tensor.name], looked.hessian
         if moments.experts:
-            pieces = [self.prepared(tensor, moments.for_expert(e)[0])(w_OI) for e, w_OI in enumerate(w)]
+            pieces = []
+            for e, w_OI in enumerate(w):
+                with named(tensor, e * len(w_OI)):
+                    pieces.append(self.prepared(tensor, moments.for_expert(e)[0])(w_OI))
             chosen, before = joined([piece for piece, _ in pieces]), fmean(r for _, r in pieces)
             few = len(moments.fallbacks)
             note = f"{few} of {moments.experts} experts saw too little text" if few else chosen.note
         else:
             means = [part.mean() if part else None for part in (looked.cross, looked.left)]
-            chosen, before = self.prepared(tensor, moments.mean(), *means)(w)
+            with named(tensor):
+                chosen, before = self.prepared(tensor, moments.mean(), *means)(w)
             note = chosen.note
         done.records.append(Record(tensor.name, tensor.codec.label, before, chosen.error, moments.tokens, note))
         return chosen
@@ -260,14 +256,11 @@ class Chooser:
 
     def head(self, model: Layered, tensor: PlannedTensor, streams: Mapping[str, Stream]) -> RowChooser:
         """Of the output head, by what leaves the trunk."""
-        hessian, cross = Moments(tensor.name, "hessian"), Moments(tensor.name, "cross")
-        was = streams[FULL].batches() if self.recipe.target else repeat((slice(0), None))
+        looked = Looked.of(tensor, bool(self.recipe.target), writes=False, last=True)
+        was = streams[FULL].batches() if looked.cross else repeat((slice(0), None))
         for (_, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
-            x = by_rows(np.array(model.finish(states)))
-            hessian.add(Inputs(x))
-            if full is not None:
-                cross.add(Inputs(by_rows(np.array(model.finish(full)))), other_NI=x)
-        return self.prepared(tensor, hessian.mean(), cross.mean() if self.recipe.target else None)
+            looked.add(behind(model, states), behind(model, full) if looked.cross else None)
+        return self.prepared(tensor, looked.hessian.mean(), looked.cross.mean() if looked.cross else None)
 
     # -- one weight
 
@@ -300,13 +293,28 @@ def head_moments(model: Layered, leaving: Stream) -> Array:
     """(H, H): mean of x x^T of what enters the output head, given what leaves the last layer."""
     found = Moments(model.head().name, "hessian")
     for _, states in leaving.batches():
-        found.add(Inputs(by_rows(np.array(model.finish(states)))))
+        found.add(behind(model, states))
     return found.mean()
+
+
+def behind(model: Layered, states: Any) -> Inputs:
+    """What enters the output head, given what leaves the last layer."""
+    return Inputs(by_rows(np.array(model.finish(states))))
 
 
 def _batches(streams: Streams, number: int, wanted: bool) -> Iterator[Any]:
     """Of the stream as it is, what enters a layer; nothing for ever, where it is not wanted."""
     return (states for _, states in streams.of(FULL, number).batches()) if wanted else repeat(None)
+
+
+def kept(tensor: PlannedTensor, values: Array, start: int = 0) -> Array:
+    """Rows as they are stored, of what stays float. Raises SourceError for NaN and numbers that the dtype has not."""
+    if not DTYPES[tensor.dtype].floating:
+        return values
+    with named(tensor, start):
+        raw = narrow(values, tensor.dtype)
+        check_finite(raw, tensor.dtype)
+    return raw
 
 
 def searched(tensor: PlannedTensor, w_OI: Array, hessian_II: Array | None = None, note: str = "") -> Chosen:

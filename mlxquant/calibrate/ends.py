@@ -79,7 +79,7 @@ def _through(model: Layered, tokens_SL: Array, values: Values, codecs: Sequence[
     """What leaves the last layer with the embedding in each format: (S, L, H) each."""
     ids_U, places = np.unique(tokens_SL, return_inverse=True)
     table_UH, places_SL = model.table(ids_U), places.reshape(tokens_SL.shape)
-    states = [model.embed_rows(places_SL, values(table_UH, codec)) for codec in codecs]
+    states = [np.concatenate(list(model.embed_rows(places_SL, values(table_UH, codec)))) for codec in codecs]
     for number in range(model.count):
         layer = model.open(number, model.weights(number))
         states = [layer.run(some) for some in states]

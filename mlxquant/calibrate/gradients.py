@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from mlxquant.calibrate.layered import Layer, Layered
+from mlxquant.calibrate.stand_ins import Probed
 from mlxquant.calibrate.streams import FULL, Stream, Streams
 from mlxquant.convert.gather import chunks
 from mlxquant.measure.changes import put
+from mlxquant.measure.runner import Silent, Watch, step
 from mlxquant.plan.plan import PlannedTensor
 
 Array = np.ndarray[Any, Any]
@@ -76,22 +78,17 @@ def by_use(vocabulary: int, tokens_BL: Array, count: int, rng: np.random.Generat
     return Rows(index_R, times / (count * chance[index_R]))
 
 
-def trace(
-    model: Layered, tokens_BL: Array, folder: Path, watch: Callable[[int, int], None] | None = None
-) -> list[Stream]:
+def trace(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> list[Stream]:
     """Runs the samples through the model as it is; what enters each layer, and last what leaves them, in files of
     `folder`: 4 * B * L * H bytes each.
     """
     streams = Streams(folder, (*tokens_BL.shape, model.width))
     kept = [streams.of(FULL, number) for number in range(model.count + 1)]
-    ids_U, places = np.unique(tokens_BL, return_inverse=True)
-    table_UH = model.table(ids_U)
-    kept[0].write(model.embed_rows(some[None], table_UH) for some in places.reshape(tokens_BL.shape))
+    kept[0].write(model.embedded(tokens_BL))
     for number in range(model.count):
         layer = model.open(number, model.weights(number))
         kept[number + 1].write(layer.run(states) for _, states in kept[number].batches())
-        if watch:
-            watch(number + 1, model.count)
+        step(watch or Silent())
     return kept
 
 
@@ -142,7 +139,7 @@ def behind(
             key = mx.random.key(seed + 1_000_003 * sample.start + start)
 
             def said(part_1TH: Any, probe_RH: Any, key: Any = key) -> Any:
-                logits = model.logits(part_1TH, lambda module: _Probed(module, values_VH, index, probe_RH))
+                logits = model.logits(part_1TH, lambda module: Probed(module, values_VH, index, probe_RH))
                 return _log_of_drawn(logits, key)
 
             given = mx.array(states[:, start : start + _HEAD_TOKENS])
@@ -159,7 +156,7 @@ def head_of(model: Layered, values_VH: Array | None = None) -> Callable[[Any], A
 
     values = mx.array(whole_head(model) if values_VH is None else values_VH)
     none = mx.zeros((0,), dtype=mx.int32)
-    return lambda module: _Probed(module, values, none, mx.zeros((0, values.shape[1])))
+    return lambda module: Probed(module, values, none, mx.zeros((0, values.shape[1])))
 
 
 def whole_head(model: Layered) -> Array:
@@ -175,29 +172,6 @@ def _log_of_drawn(logits_1TV: Any, key: Any) -> Any:
     drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
     chosen = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
     return (chosen - mx.logsumexp(logits, axis=-1)).sum()
-
-
-class _Probed:
-    """In the head's place: x values^T, to which x probe^T is added in some columns, so that the slope by these rows is
-    found without that by all. Asked for tokens it is an embedding, which nobody evaluates.
-    """
-
-    def __init__(self, module: Any, values_VH: Any, index_R: Any, probe_RH: Any) -> None:
-        self._module, self._values, self._index, self._probe = module, values_VH, index_R, probe_RH
-
-    def __call__(self, x: Any) -> Any:
-        import mlx.core as mx
-
-        if not mx.issubdtype(x.dtype, mx.floating):
-            return self._values[x]
-        out = self.as_linear(x)
-        return out + self._module["bias"] if "bias" in self._module else out
-
-    def as_linear(self, x: Any) -> Any:
-        return (x @ self._values.T).at[..., self._index].add(x @ self._probe.T)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def _within(

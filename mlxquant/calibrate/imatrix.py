@@ -60,9 +60,7 @@ def importance(
     shape = (*samples.tokens_BL.shape, model.width)
     with tempfile.TemporaryDirectory(prefix="mlxquant-") as folder:
         here, there = (Stream(Path(folder) / name, shape) for name in ("here.f32", "there.f32"))
-        ids_U, places = np.unique(samples.tokens_BL, return_inverse=True)
-        table_UH, places_BL = model.table(ids_U), places.reshape(samples.tokens_BL.shape)
-        here.write(model.embed_rows(row[None], table_UH) for row in places_BL)
+        here.write(model.embedded(samples.tokens_BL))
         for number in range(model.count):
             layer = model.open(number, model.weights(number))
             sums = {stage[0]: _moments(model, stage[0], least_tokens) for stage in layer.stages}

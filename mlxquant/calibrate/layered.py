@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxquant.calibrate.rotate import Rotation
+from mlxquant.calibrate.stand_ins import Ear, Reached, Stop
 from mlxquant.calibrate.values import Inputs
 from mlxquant.codecs.floats import cast, widen
 from mlxquant.convert.gather import chunks, rows
@@ -22,7 +23,7 @@ from mlxquant.convert.sources import OpenSource
 from mlxquant.errors import UnsupportedError
 from mlxquant.families.mlx_config import mlx_config
 from mlxquant.families.roles import Role
-from mlxquant.measure.changes import put
+from mlxquant.measure.changes import at, put
 from mlxquant.measure.forward import Split, Tap
 from mlxquant.measure.layers import layers_of
 from mlxquant.plan.plan import Plan, PlannedTensor
@@ -117,23 +118,28 @@ class Layered:
         return found[0]
 
     def embed(self, tokens_BL: Array, change: Callable[[Array], Array] | None = None) -> Array:
-        """What enters the first layer: float32 (B, L, H)."""
+        """What enters the first layer: float32 (B, L, H). change: as of `table`."""
+        return np.concatenate(list(self.embedded(tokens_BL, change)))
+
+    def embedded(self, tokens_BL: Array, change: Callable[[Array], Array] | None = None) -> Iterator[Array]:
+        """The same sample by sample, (1, L, H)."""
         ids_U, places = np.unique(tokens_BL, return_inverse=True)
         return self.embed_rows(places.reshape(tokens_BL.shape), self.table(ids_U, change))
 
-    def embed_rows(self, places_BL: Array, table_UH: Array) -> Array:
-        """The same from rows that are at hand already; places_BL: the row of each token."""
+    def embed_rows(self, places_BL: Array, table_UH: Array) -> Iterator[Array]:
+        """The same of rows that are at hand already; places_BL: the row of each token."""
         import mlx.core as mx
 
-        parts = [self.entering(places_L[None], mx.array(table_UH)) for places_L in places_BL]
-        return np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
+        rows_UH = mx.array(table_UH)
+        for places_L in places_BL:
+            yield np.array(self.entering(places_L[None], rows_UH).astype(mx.float32))
 
     def entering(self, places_BL: Array, table_UH: Any) -> Any:
-        """The same as an mlx array that is not evaluated: what gradients are taken of."""
+        """The same at once, as an mlx array that is not evaluated: what gradients are taken of."""
         import mlx.core as mx
 
         model = put(self._whole, self._inner(self.embedding().name), table_UH)
-        entry = _Stop(model[self._trunk][self._list][0])
+        entry = Stop(model[self._trunk][self._list][0])
         _reach(put(model, [self._trunk, self._list, "0"], entry), mx.array(places_BL.astype(np.int32)))
         return entry.seen
 
@@ -145,7 +151,7 @@ class Layered:
         """An mlx array that is not evaluated, given what left the last layer. wrap(module) stands for the head."""
         path = self._inner(self.head().name)[:-1]
         model = self._passing(self.count, hidden_BLH)
-        return put(model, path, wrap(_at(model, path)))(_no_tokens(hidden_BLH))
+        return put(model, path, wrap(at(model, path)))(_no_tokens(hidden_BLH))
 
     def finish(self, hidden_BLH: Any) -> Any:
         """What leaves the trunk, behind its last norm, given what left the last layer: an mlx array."""
@@ -195,7 +201,7 @@ class Layer:
 
     def get(self, name: str) -> Any:
         """A weight's values: an mlx array in its own shape."""
-        return _at(self._module, self.path(name))
+        return at(self._module, self.path(name))
 
     def path(self, name: str) -> list[str]:
         """Where a weight stands in the layer."""
@@ -210,7 +216,7 @@ class Layer:
         import mlx.core as mx
 
         ears, module = self._ears([stage[0]])
-        self._reach(module, hidden_BLH)
+        self.graph(module, hidden_BLH)
         heard = ears[stage[0]].heard
         mx.eval(heard.x_NI)
         return heard
@@ -231,26 +237,23 @@ class Layer:
         """A copy in which wrap(weight's name, linear layer) stands for each linear layer."""
         made = self._module
         for name, path in self._linears():
-            made = put(made, path, wrap(name, _at(made, path)))
+            made = put(made, path, wrap(name, at(made, path)))
         return made
 
     def call(self, module: Any, hidden_BLH: Any) -> Any:
         """What leaves a module that stands in this layer's place: an mlx array, evaluated."""
         import mlx.core as mx
 
-        out = self._reach(module, hidden_BLH)
+        out = self.graph(module, hidden_BLH)
         mx.eval(out)
         return out
 
     def graph(self, module: Any, hidden_BLH: Any) -> Any:
         """As `call`, not evaluated: what gradients are taken of."""
-        return self._reach(module, hidden_BLH)
-
-    def _reach(self, module: Any, hidden_BLH: Any) -> Any:
         import mlx.core as mx
 
         hidden_BLH = mx.array(hidden_BLH) if isinstance(hidden_BLH, np.ndarray) else hidden_BLH
-        stop = _Stop(module, hidden_BLH)
+        stop = Stop(module, hidden_BLH)
         owner = self._model
         model = put(owner._passing(self.number, hidden_BLH), [owner._trunk, owner._list, str(self.number)], stop)
         _reach(model, _no_tokens(hidden_BLH))
@@ -269,14 +272,14 @@ class Layer:
             if type(module) in (nn.Linear, SwitchLinear) and name in self._model.tensors:
                 yield name, path.split(".")
 
-    def _ears(self, names: Iterable[str]) -> tuple[dict[str, _Ear], Any]:
-        ears: dict[str, _Ear] = {}
+    def _ears(self, names: Iterable[str]) -> tuple[dict[str, Ear], Any]:
+        ears: dict[str, Ear] = {}
         wanted = set(names)
 
         def wrap(name: str, module: Any) -> Any:
             if name not in wanted:
                 return module
-            ears[name] = _Ear(module)
+            ears[name] = Ear(module)
             return ears[name]
 
         return ears, self.module(wrap)
@@ -290,7 +293,7 @@ class Layer:
         ears, module = self._ears(names)
         for name, ear in ears.items():
             ear.order = lambda given, name=name: order.append((name, given))
-        self._reach(module, mx.zeros((1, 2, self._model.width)))
+        self.graph(module, mx.zeros((1, 2, self._model.width)))
         stages: list[tuple[Any, list[str]]] = []
         for name, given in order:
             same = [names for seen, names in stages if seen is given]
@@ -299,54 +302,6 @@ class Layer:
             elif not any(name in names for _, names in stages):
                 stages.append((given, [name]))
         return tuple(tuple(names) for _, names in stages)
-
-
-class _Stop:
-    """In a layer's place: runs it on `given` and leaves the trunk. With nothing given, what entered is seen."""
-
-    def __init__(self, module: Any, given: Any = None) -> None:
-        self._module, self._given = module, given
-        self.seen: Any = None
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen = x if self._given is None else self._module(self._given, *args, **kwargs)
-        raise _Reached
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._module, name)
-
-
-class _Reached(Exception):
-    """The layer that was wanted has run."""
-
-
-class _Ear:
-    """In a linear layer's place: runs it, and keeps what it was given."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self.order: Callable[[Any], None] | None = None
-        self.heard = Inputs(None)
-
-    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        import mlx.core as mx
-
-        if self.order:
-            self.order(x)
-        if args:  # a stack of experts: which of them each row goes to
-            chosen = args[0]
-            spread = mx.broadcast_to(x, (*chosen.shape, *x.shape[-2:]))
-            self.heard = Inputs(spread.reshape(-1, x.shape[-1]), chosen.reshape(-1))
-        else:
-            self.heard = Inputs(x.reshape(-1, x.shape[-1]))
-        return self._module(x, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self._module, name)
 
 
 def whole(source: OpenSource, tensor: PlannedTensor) -> Array:
@@ -390,7 +345,7 @@ def _outer(model: Any, inner: Any) -> str:
 def _reach(model: Any, tokens: Any) -> None:
     try:
         model(tokens)
-    except _Reached:
+    except Reached:
         return
     raise RuntimeError("the trunk did not call its layer")
 
@@ -400,12 +355,6 @@ def _no_tokens(hidden_BLH: Any) -> Any:
     import mlx.core as mx
 
     return mx.zeros(hidden_BLH.shape[:2], dtype=mx.int32)
-
-
-def _at(module: Any, path: Sequence[str]) -> Any:
-    for word in path:
-        module = module[int(word)] if isinstance(module, (list, tuple)) else module[word]
-    return module
 
 
 def _not_layered(family: str) -> UnsupportedError:

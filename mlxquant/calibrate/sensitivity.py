@@ -33,6 +33,7 @@ from mlxquant.codecs.search import search
 from mlxquant.codecs.spec import Codec
 from mlxquant.convert.gather import chunks
 from mlxquant.errors import UsageError
+from mlxquant.measure.runner import Silent, Watch, step
 from mlxquant.plan.budget import formats
 from mlxquant.plan.sensitivities import Cost, Sensitivities
 
@@ -58,16 +59,16 @@ def measure(
     *,
     depth: Depth | None = None,
     seed: int = 0,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Sensitivities:
     """What every tensor that a budget decides on costs in each of its formats. folder: for hidden states, 4 * tokens *
-    width * (layers + 1) bytes; whoever calls removes it. watch(done, of): twice for each layer.
+    width * (layers + 1) bytes; whoever calls removes it.
 
     Peak memory: one layer and its slopes in float32, a Hessian, the head. Raises UsageError for a method that is none
     or fewer than two samples, SourceError (weights or activations that are not finite), UnsupportedError (a family that
     cannot be run layer by layer).
     """
-    return _Measuring(model, samples, method, depth or Depth(), seed, watch or (lambda done, of: None)).run(folder)
+    return _Measuring(model, samples, method, depth or Depth(), seed, watch or Silent()).run(folder)
 
 
 def identity(model: Layered) -> str:
@@ -83,9 +84,7 @@ def identity(model: Layered) -> str:
 
 
 class _Measuring:
-    def __init__(
-        self, model: Layered, samples: Samples, method: str, depth: Depth, seed: int, watch: Callable[[int, int], None]
-    ) -> None:
+    def __init__(self, model: Layered, samples: Samples, method: str, depth: Depth, seed: int, watch: Watch) -> None:
         if method not in METHODS:
             raise UsageError(f"there are no sensitivities for method {method!r}", hint=f"one of {METHODS}")
         count = len(samples.tokens_BL)
@@ -102,13 +101,13 @@ class _Measuring:
         self.ways: dict[str, Values] = {}
 
     def run(self, folder: Path) -> Sensitivities:
-        tokens_BL, layers = self.samples.tokens_BL, self.model.count
-        kept = trace(self.model, tokens_BL, folder, lambda done, of: self.watch(done, 2 * of))
-        done = layers
+        tokens_BL = self.samples.tokens_BL
+        self.watch.stage("Measuring tensors", 2 * self.model.count, "steps")
+        kept = trace(self.model, tokens_BL, folder, self.watch)
         for part in backwards(self.model, kept, tokens_BL[: self.count], self.rows, self.seed):
             self._part(part)
-            done += part.layer is not None
-            self.watch(done, 2 * layers)
+            if part.layer is not None:
+                step(self.watch)
         self._measure_ends(kept[-1])
         names = [t.name for t in self.model.plan.tensors if t.name in self.costs]
         return Sensitivities(

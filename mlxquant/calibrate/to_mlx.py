@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from mlxquant.calibrate.best import Trial, decide
-from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments
+from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments, kept
 from mlxquant.calibrate.gradients import trace
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
@@ -30,21 +30,19 @@ from mlxquant.calibrate.streams import QUANTIZED, Streams
 from mlxquant.calibrate.text import hold_out
 from mlxquant.calibrate.token_weights import Weights, token_weights
 from mlxquant.calibrate.values import Samples
-from mlxquant.codecs.floats import narrow
-from mlxquant.convert.gather import chunks
+from mlxquant.convert.gather import chunks, refuse_shifted_norms
 from mlxquant.convert.manifest import NAME, manifest
 from mlxquant.convert.sidecars import small_files
 from mlxquant.convert.sources import OpenSource, fingerprint
-from mlxquant.files.publish import Workspace
+from mlxquant.convert.to_mlx import named
+from mlxquant.files.publish import CALIBRATION, Workspace
 from mlxquant.files.shards import INDEX, LIMIT_BYTES, assign, index_json
 from mlxquant.files.writing import write_whole, writing
 from mlxquant.measure.runner import Silent, Watch
 from mlxquant.plan.plan import Plan, PlannedTensor
-from mlxquant.tensors import DTYPES
 
 Array = np.ndarray[Any, Any]
 
-CALIBRATION = "calibration"
 # Of a matrix of the vocabulary that is worked on at once: 4,096 rows of 4,096 weights.
 ROWS_BYTES = 32 * 2**20
 # Of freed arrays that MLX may keep for the next ones: of every size there is one each layer.
@@ -61,10 +59,6 @@ class Written:
     records: tuple[Record, ...]
     recipe: Recipe
     trials: tuple[Trial, ...] = ()
-
-
-class Stopped(KeyboardInterrupt):
-    """By the user, between two layers."""
 
 
 def to_mlx(
@@ -92,6 +86,7 @@ def to_mlx(
     import mlx.core as mx
 
     mx.set_cache_limit(_CACHE_BYTES)
+    refuse_shifted_norms(source, (t.target for t in plan.tensors))
     model = Layered(source, plan, rotation)
     small = small_files(source, plan, model.config)
     shards = assign([t.parts for t in plan.tensors], shard_bytes)
@@ -125,9 +120,10 @@ class _Job:
         self._folder = work.partial / CALIBRATION
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
-        kept, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
-        self._tokens_BL = kept.tokens_BL
-        self._tokens = self._token_weights() if any(recipe.tokens for recipe in recipes) else {}
+        used, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
+        self._tokens_BL = used.tokens_BL
+        asked = any(recipe.tokens for recipe in recipes)
+        self._tokens = token_weights(model, self._tokens_BL, self._folder, watch) if asked else {}
         head_II = self._tied_head() if any(recipe.codes == "gptq" for recipe in recipes) else None
         self.trials: list[Trial] = []
         if held is not None:
@@ -156,24 +152,11 @@ class _Job:
         self._watch.advance(first + 1)
         for number in range(first, self._model.count):
             if self._watch.stopped():
-                raise Stopped
+                raise KeyboardInterrupt
             self._layer(number, tokens)
             self._watch.advance(1)
         self._end()
         self._watch.advance(1)
-
-    def _token_weights(self) -> Weights:
-        steps, done = 2 * self._model.count, 0
-        self._watch.stage("Asking which tokens matter", steps, "layers")
-
-        def told(now: int, of: int) -> None:
-            nonlocal done
-            self._watch.advance(now - done)
-            done = now
-            if self._watch.stopped():
-                raise Stopped
-
-        return token_weights(self._model, self._tokens_BL, self._folder, told)
 
     def _tied_head(self) -> Array | None:
         """Moments of what enters the head, where that is the embedding, of the model as it is; kept for a later run."""
@@ -184,8 +167,7 @@ class _Job:
             found: Array = load(file.read_bytes())["hessian"]
             return found
         self._watch.stage("Asking what enters the head", self._model.count, "layers")
-        kept = trace(self._model, self._tokens_BL, scratch, lambda done, of: self._watch.advance(1))
-        made = head_moments(self._model, kept[-1])
+        made = head_moments(self._model, trace(self._model, self._tokens_BL, scratch, self._watch)[-1])
         shutil.rmtree(scratch)
         write_whole(file, save({"hessian": made}))
         return made
@@ -197,14 +179,9 @@ class _Job:
         tensor = self._model.embedding()
         if tensor.codec.quantized:
             self._rows(tensor, self._chooser.table(tensor))
-        ids_U, places = np.unique(self._tokens_BL, return_inverse=True)
-        places_BL, sums = places.reshape(self._tokens_BL.shape), {}
-        changed = self._chooser.table_values(tensor)
-        for kind in self._streams.kinds:
-            change = changed if kind == QUANTIZED else None
-            table_UH = self._model.table(ids_U, change)
-            parts = (self._model.embed_rows(places_L[None], table_UH) for places_L in places_BL)
-            sums[kind] = self._streams.of(kind, 0).write(parts)
+        change, sums = self._chooser.table_values(tensor), {}
+        for kind, into in self._streams.all_of(0).items():
+            sums[kind] = into.write(self._model.embedded(self._tokens_BL, change if kind == QUANTIZED else None))
         self._streams.finish(0, sums, self._told())
 
     # -- one layer
@@ -226,7 +203,10 @@ class _Job:
                 self._rows(tensor, self._chooser.head(self._model, tensor, last))
         for tensor in self._model.outside():
             if not tensor.codec.quantized:
-                self._write(tensor, ((self._stored(tensor, *part),) for part in chunks(tensor.target)))
+                self._write(
+                    tensor,
+                    ((kept(tensor, self._model.rows(tensor, *part), part[0]),) for part in chunks(tensor.target)),
+                )
 
     # -- writing
 
@@ -236,7 +216,8 @@ class _Job:
 
         def parts() -> Iterator[tuple[Array, ...]]:
             for start, stop in chunks(tensor.target, ROWS_BYTES):
-                chosen, rounding = choose(self._model.rows(tensor, start, stop))
+                with named(tensor, start):
+                    chosen, rounding = choose(self._model.rows(tensor, start, stop))
                 errors.append((rounding, chosen.error, chosen.note))
                 yield chosen.parts
 
@@ -246,11 +227,6 @@ class _Job:
         self.records.append(
             Record(tensor.name, tensor.codec.label, mean(roundings), mean(found), self._tokens_BL.size, note)
         )
-
-    def _stored(self, tensor: PlannedTensor, start: int, stop: int) -> Array:
-        """Rows of what stays as it is."""
-        values = self._model.rows(tensor, start, stop)
-        return narrow(values, tensor.dtype) if DTYPES[tensor.dtype].floating else values
 
     def _write(self, tensor: PlannedTensor, arrays: Iterable[tuple[Array, ...]]) -> None:
         names, done = [part.name for part in tensor.parts], self._work.done(tensor.name)

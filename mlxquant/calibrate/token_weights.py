@@ -11,7 +11,7 @@ One layer is in memory at a time; what enters each, and slopes, are in files mea
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from safetensors.numpy import load, save
 
 from mlxquant.calibrate.gradients import Rows, behind, trace
 from mlxquant.calibrate.layered import Layer, Layered
+from mlxquant.calibrate.stand_ins import Added, Seen
 from mlxquant.calibrate.streams import Stream
 from mlxquant.files.writing import write_whole
+from mlxquant.measure.runner import Silent, Watch, step
 
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]  # of a linear layer's weight, by name -> (B, L) float32, their mean 1
@@ -32,17 +34,17 @@ FILE = "tokens.safetensors"
 SEED = 1
 
 
-def token_weights(
-    model: Layered, tokens_BL: Array, folder: Path, watch: Callable[[int, int], None] | None = None
-) -> Weights:
+def token_weights(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Weights:
     """Of every linear layer that each token passes (experts have none). Kept in `folder`, where a later call finds
-    them; 8 * B * L * H bytes a layer are there meanwhile. watch(done, of): twice for each layer.
+    them; 8 * B * L * H bytes a layer are there meanwhile. Raises KeyboardInterrupt when
+    the watch says so.
     """
     if (found := _read(folder / FILE)) is not None:
         return found
     scratch = folder / "gradients"
-    told = watch or (lambda done, of: None)
-    kept = trace(model, tokens_BL, scratch, lambda done, of: told(done, 2 * of))
+    watch = watch or Silent()
+    watch.stage("Asking which tokens matter", 2 * model.count, "layers")
+    kept = trace(model, tokens_BL, scratch, watch)
     made: Weights = {}
     one_row = Rows(np.zeros(1, np.int64), np.ones(1))
     slopes = Stream(scratch / "slopes-last.f32", kept[-1].shape)
@@ -56,7 +58,7 @@ def token_weights(
         kept[number + 1].path.unlink()
         slopes.path.unlink()
         slopes = before
-        told(2 * model.count - number, 2 * model.count)
+        step(watch)
     shutil.rmtree(scratch)
     write_whole(folder / FILE, save(made))
     return made
@@ -81,7 +83,7 @@ def _within(layer: Layer, entering: Stream, slopes: Stream, squares: dict[str, l
 def _leaving(layer: Layer, names: list[str], states: Any, *probes: Any) -> Any:
     """What leaves the layer with probes added to what linear layers give. Not evaluated."""
     added = dict(zip(names, probes, strict=True))
-    module = layer.module(lambda name, linear: _Added(linear, added[name]) if name in added else linear)
+    module = layer.module(lambda name, linear: Added(linear, added[name]) if name in added else linear)
     return layer.graph(module, states)
 
 
@@ -93,38 +95,10 @@ def _outputs(layer: Layer, states: Array) -> dict[str, tuple[int, ...]]:
     tokens = int(np.prod(states.shape[:2]))
 
     def wrap(name: str, module: Any) -> Any:
-        return _Seen(module, name, found) if type(module) is nn.Linear else module
+        return Seen(module, name, found) if type(module) is nn.Linear else module
 
     layer.graph(layer.module(wrap), states)
     return {name: shape for name, shape in found.items() if int(np.prod(shape[:-1])) == tokens}
-
-
-class _Seen:
-    """In a linear layer's place: notes the shape of what it gives."""
-
-    def __init__(self, module: Any, name: str, found: dict[str, tuple[int, ...]]) -> None:
-        self._module, self._name, self._found = module, name, found
-
-    def __call__(self, x: Any) -> Any:
-        out = self._module(x)
-        self._found[self._name] = out.shape
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class _Added:
-    """In a linear layer's place: what it gives and a probe, by which a slope is taken."""
-
-    def __init__(self, module: Any, probe: Any) -> None:
-        self._module, self._probe = module, probe
-
-    def __call__(self, x: Any) -> Any:
-        return self._module(x) + self._probe
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def _even(squares_BL: Array) -> Array:

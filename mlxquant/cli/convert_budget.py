@@ -20,7 +20,6 @@ from mlxquant.units import format_bytes
 if TYPE_CHECKING:
     from mlxquant.calibrate.layered import Layered
     from mlxquant.convert.sources import OpenSource
-    from mlxquant.measure.runner import Watch
     from mlxquant.plan.budget import Choice
     from mlxquant.plan.plan import Plan
     from mlxquant.plan.sensitivities import Sensitivities
@@ -121,25 +120,10 @@ def sensitivities(
         samples = samples_of(model.source.path, options, watch)
         if not quiet:
             click.echo(f"Measuring what each tensor costs, with {samples.label}")
-        found = measure(model, samples, method, Path(folder), watch=_told(watch, model))
+        found = measure(model, samples, method, Path(folder), watch=watch)
     if file is not None:
         write_whole(file, (json.dumps(found.to_json(), indent=1) + "\n").encode())
     return found
-
-
-def _told(watch: Watch, model: Layered) -> Any:
-    """measure()'s watch(done, of) as a stage of a bar; Ctrl-C stops between layers."""
-    watch.stage("Measuring tensors", 2 * model.count, "steps")
-    before = 0
-
-    def told(done: int, of: int) -> None:
-        nonlocal before
-        watch.advance(done - before)
-        before = done
-        if watch.stopped():
-            raise KeyboardInterrupt
-
-    return told
 
 
 def _rotation(opened: OpenSource, plan: Plan, options: Mapping[str, Any]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -111,11 +112,18 @@ def encode_named(tensor: PlannedTensor, raw: Array, start: int, *, method: str =
     """encode() or search(), with the tensor's name added to what it complains of. What is no float stays as it is."""
     if not DTYPES[tensor.target.dtype].floating:
         return (raw,)
-    try:
+    with named(tensor, start):
         arrays = encoder_of(method)(raw, tensor.target.dtype, tensor.dtype, tensor.codec)
         if not tensor.codec.quantized:
             check_finite(arrays[0], tensor.dtype)
         return arrays
+
+
+@contextmanager
+def named(tensor: PlannedTensor, start: int = 0) -> Iterator[None]:
+    """Adds the tensor's name to what an encoder complains of. start: the first of the rows that it was given."""
+    try:
+        yield
     except NonFiniteError as error:
         raise SourceError(
             f"{tensor.name}: row {start + error.row}: {error.reason}",

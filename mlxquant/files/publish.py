@@ -30,7 +30,8 @@ from mlxquant.files.reading import plain_name, shown
 from mlxquant.files.shards import Shard, ShardWriter, check_space
 from mlxquant.files.writing import flush, replace_file, writing
 
-_OWN = {"lock", "journal", "scratch", "calibration", MODEL, MOVING, REPLACED}  # what OUT.partial may hold
+CALIBRATION = "calibration"
+_OWN = {"lock", "journal", "scratch", CALIBRATION, MODEL, MOVING, REPLACED}  # what OUT.partial may hold
 _SMALL_FILES_BYTES = 64 * 2**20  # room left for tokenizer, config, index and journal
 
 

@@ -35,7 +35,7 @@ class Change:
     def of(self, model: Any) -> Any:
         """The innermost model with this weight; the one given stays as it is."""
         words = self.path.split(".") if self.path else []
-        made = _mixed(_bare(_at(model, words)), self.module, self.own)
+        made = _mixed(_bare(at(model, words)), self.module, self.own)
         return put(model, words, _in_dtype(made, self.dtype))
 
     @property
@@ -143,13 +143,14 @@ def _mixed(module: Any, other: Any, own: str) -> Any:
     """`module` with one weight of `other`. A quantized weight is known to its own kind of module alone."""
     words = own.split(".")
     if own != "weight" or not ("scales" in module or "scales" in other):
-        return put(module, words, _at(other, words))
+        return put(module, words, at(other, words))
     made = copy(other)
     dict.update(made, {name: array for name, array in module.items() if name not in _PACKED})
     return made
 
 
-def _at(module: Any, words: Sequence[str]) -> Any:
+def at(module: Any, words: Sequence[str]) -> Any:
+    """What stands at a path in a tree of modules, lists and dicts."""
     for word in words:
         module = module[int(word)] if isinstance(module, (list, tuple)) else module[word]
     return module

@@ -48,6 +48,13 @@ class Silent:
         return False
 
 
+def step(watch: Watch) -> None:
+    """One of the stage's units is done. Raises KeyboardInterrupt when it was stopped by then."""
+    watch.advance(1)
+    if watch.stopped():
+        raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class How:
     """How models are run. worst: positions shown of each student."""

@@ -12,9 +12,10 @@ import pytest
 from mlxquant.calibrate.recipes import RECIPES
 from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.text import calibration
-from mlxquant.calibrate.to_mlx import CALIBRATION, to_mlx
+from mlxquant.calibrate.to_mlx import to_mlx
 from mlxquant.convert.checks import check_folder
 from mlxquant.convert.sources import open_source
+from mlxquant.files.publish import CALIBRATION
 from mlxquant.measure.runner import Silent
 from mlxquant.plan.plan import make_plan
 from mlxquant.plan.recipe import settings
