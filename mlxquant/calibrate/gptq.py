@@ -206,7 +206,8 @@ def corrected(
     x. |w x - t y|^2 is least for t = w cross hessian^-1 = w + w (cross - hessian) hessian^-1 (GPTAQ, Li et al. 2025,
     arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695). left_OI = mean d y^T: where the output is added to a
     stream that is already off by d, t makes that good, too. strength: how much of the difference is taken. damping: of
-    the Hessian's mean diagonal; more than codes need, as this is fitted to noise, too. Float32 (O, I). Raises NotPositive where that leaves it singular.
+    the Hessian's mean diagonal; more than codes need, as this is fitted to noise, too. Float32 (O, I). Raises
+    NotPositive where that leaves it singular.
     """
     damped_II = hessian_II.copy()
     damped_II.reshape(-1)[:: len(damped_II) + 1] += np.float32(damping * np.diagonal(hessian_II).mean())

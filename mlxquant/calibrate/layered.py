@@ -20,6 +20,7 @@ from mlxquant.calibrate.values import Inputs
 from mlxquant.codecs.floats import cast, widen
 from mlxquant.convert.gather import chunks, rows
 from mlxquant.convert.sources import OpenSource
+from mlxquant.convert.to_mlx import check_finite, named
 from mlxquant.errors import UnsupportedError
 from mlxquant.families.mlx_config import mlx_config
 from mlxquant.families.roles import Role
@@ -311,11 +312,14 @@ def whole(source: OpenSource, tensor: PlannedTensor) -> Array:
 
 
 def some_rows(source: OpenSource, tensor: PlannedTensor, start: int, stop: int) -> Array:
-    """The same of some rows: (stop - start, width)."""
+    """The same of some rows: (stop - start, width). Raises SourceError where they are not finite."""
     raw = rows(source, tensor.target, start, stop)
     if not DTYPES[tensor.target.dtype].floating:
         return raw
-    return widen(cast(raw, tensor.target.dtype, tensor.dtype), tensor.dtype)
+    values = cast(raw, tensor.target.dtype, tensor.dtype)
+    with named(tensor, start):
+        check_finite(values, tensor.dtype)
+    return widen(values, tensor.dtype)
 
 
 def _skeleton(config: dict[str, Any], plan: Plan) -> Any:

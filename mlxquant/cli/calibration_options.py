@@ -12,8 +12,11 @@ from mlxquant.cli.running import Tokens, adder
 from mlxquant.cli.sections import SectionOption
 
 if TYPE_CHECKING:
+    from mlxquant.calibrate.rotate import Rotation
     from mlxquant.calibrate.values import Samples
+    from mlxquant.convert.sources import OpenSource
     from mlxquant.measure.runner import Watch
+    from mlxquant.plan.plan import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,3 +74,10 @@ def samples_of(path: Path, options: Mapping[str, Any], watch: Watch | None = Non
         options["seed"],
         generator(path, device, text, watch),
     )
+
+
+def rotation_of(opened: OpenSource, plan: Plan, options: Mapping[str, Any]) -> Rotation | None:
+    """What --rotate asks for, as the plan's settings have it. Raises UnsupportedError where it does not hold."""
+    from mlxquant.calibrate.rotate import Rotation
+
+    return Rotation.of(opened.config, plan, options["seed"]) if plan.settings.rotate else None

@@ -115,7 +115,7 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     cls=SectionOption,
     section=GGUF,
     metavar="FILE",
-    help="Importance matrix by llama-imatrix, GGUF or .dat.",
+    help="Importance matrix by `mlxquant imatrix` or llama-imatrix, GGUF or .dat.",
 )
 @click.option(
     "--split-max-size",
@@ -188,7 +188,8 @@ def command(
     wish = Wish(source, revision, dry_run, as_json, resume, restart, force)
     for_mlx, for_gguf, for_fit = given(ctx, MLX), given(ctx, GGUF), given(ctx, convert_fit.FIT)
     for_text = given(ctx, TEXT)
-    convert_budget.check(given(ctx, convert_budget.BUDGET), for_mlx, options)
+    for_budget = given(ctx, convert_budget.BUDGET)
+    convert_budget.check(for_budget, for_mlx, for_fit, options)
     budget = convert_budget.is_budget(options)
     if budget:
         options["method"] = options["method"] or BEST
@@ -197,7 +198,7 @@ def command(
         options = convert_fit.chosen_options(wish, out, options)
         to_gguf = is_gguf(out)
     else:
-        to_gguf = wants_gguf(out, [*for_mlx, *for_text], for_gguf)
+        to_gguf = wants_gguf(out, [*for_mlx, *for_text, *for_budget, *for_fit], for_gguf)
     if to_gguf:
         from mlxquant.cli.convert_gguf import convert_gguf
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.calibration_options import samples_of
+from mlxquant.cli.calibration_options import rotation_of, samples_of
 from mlxquant.cli.progress import watching
+from mlxquant.cli.running import refuse_zeros
 from mlxquant.cli.sections import SectionOption
 from mlxquant.errors import UsageError
 from mlxquant.plan.recipe import RTN, SEARCH
@@ -52,8 +53,8 @@ def is_budget(options: Mapping[str, Any]) -> bool:
     return options["bpw"] is not None or (options["fit"] is not None and options["method"] is not None)
 
 
-def check(for_budget: list[str], for_mlx: list[str], options: Mapping[str, Any]) -> None:
-    """Raises UsageError for what a budget contradicts."""
+def check(for_budget: list[str], for_mlx: list[str], for_fit: list[str], options: Mapping[str, Any]) -> None:
+    """Raises UsageError for what a budget contradicts, or would not look at."""
     if not is_budget(options):
         if for_budget:
             raise UsageError(f"{for_budget[0]} is for a budget", hint="add --bpw 4.5, or leave it out")
@@ -63,6 +64,11 @@ def check(for_budget: list[str], for_mlx: list[str], options: Mapping[str, Any])
     against = [option for option in for_mlx if option in ("--bits", "--group-size", "--mode", "--recipe")]
     if against:
         raise UsageError(f"a budget chooses formats, and {against[0]} names one", hint=f"leave {against[0]} out")
+    if "--for" in for_fit:
+        raise UsageError("--for chooses among levels, and a budget has none", hint="leave --for out, or --method")
+    if for_fit and "--fit" not in for_fit:
+        raise UsageError(f"{for_fit[0]} is for --fit", hint="add --fit 16GB, or leave it out")
+    refuse_zeros(options)
 
 
 def with_budget(opened: OpenSource, plan: Plan, out: Path | None, options: Mapping[str, Any], quiet: bool) -> Plan:
@@ -78,7 +84,7 @@ def with_budget(opened: OpenSource, plan: Plan, out: Path | None, options: Mappi
     from mlxquant.plan.plan import make_plan
 
     limit = limit_bytes(opened, plan, options)
-    model = Layered(opened, plan, _rotation(opened, plan, options))
+    model = Layered(opened, plan, rotation_of(opened, plan, options))
     measured = sensitivities(model, plan, out, options, quiet)
     choice = budget(plan, measured.costs, limit)
     if not quiet:
@@ -124,12 +130,6 @@ def sensitivities(
     if file is not None:
         write_whole(file, (json.dumps(found.to_json(), indent=1) + "\n").encode())
     return found
-
-
-def _rotation(opened: OpenSource, plan: Plan, options: Mapping[str, Any]) -> Any:
-    from mlxquant.calibrate.rotate import Rotation
-
-    return Rotation.of(opened.config, plan, options["seed"]) if plan.settings.rotate else None
 
 
 def say(choice: Choice, measured: Sensitivities) -> None:

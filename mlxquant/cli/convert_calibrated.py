@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxquant.cli.calibration_options import samples_of
+from mlxquant.cli.calibration_options import rotation_of, samples_of
 from mlxquant.cli.convert_mlx import print_summary
 from mlxquant.cli.converting import Wish, print_columns, print_written, stopped_in_one_line
 from mlxquant.cli.progress import watching
@@ -31,7 +32,6 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
 
     prepare(options["device"])  # before mlx is imported
     from mlxquant.calibrate.recipes import RECIPES
-    from mlxquant.calibrate.rotate import Rotation
     from mlxquant.calibrate.to_mlx import to_mlx
 
     began = time.perf_counter()
@@ -40,14 +40,13 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
         if not wish.as_json:
             print_summary(plan)
             click.echo(f"Calibrating with {samples.label}")
-        rotation = Rotation.of(opened.config, plan, options["seed"]) if plan.settings.rotate else None
         written = to_mlx(
             opened,
             plan,
             out,
             samples,
             RECIPES[plan.settings.method],
-            rotation=rotation,
+            rotation=rotation_of(opened, plan, options),
             resume=wish.resume or None,
             restart=wish.restart,
             force=wish.force,
@@ -57,7 +56,7 @@ def convert_calibrated(opened: OpenSource, plan: Plan, out: Path, wish: Wish, op
     seconds, peak = time.perf_counter() - began, peak_memory_bytes()
     if wish.as_json:
         facts = {"out": str(out), "seconds": seconds, "bytes": plan.nbytes, "bpw": plan.bpw, "peak_bytes": peak}
-        tensors = [vars(record) for record in written.records]
+        tensors = [asdict(record) for record in written.records]
         tried = [{"recipe": trial.recipe.label, "held_out_nats": trial.nats} for trial in written.trials]
         how = {"calibration": samples.label, "recipe": written.recipe.label, "trials": tried}
         click.echo(json.dumps(facts | how | {"tensors": tensors}))

@@ -75,6 +75,10 @@ def test_a_budget_comes_from_a_mac_s_memory_too(llama, tmp_path):
         (("--rotate", "--method", "rtn"), "--rotate"),
         (("--bpw", "4", "--bits", "4"), "--bits names one"),
         (("--bpw", "4", "--fit", "8GB"), "give one of them"),
+        (("--bpw", "4", "--context", "8k"), "--context is for --fit"),
+        (("--bpw", "4", "--type", "Q4_K_M"), "--type is for GGUF"),
+        (("--fit", "8GB", "--method", "gptq", "--for", "code"), "--for chooses among levels"),
+        (("--fit", "8GB", "--method", "gptq", "--context", "0"), "no room for a prompt"),
         (("--plan-file", "x.json"), "is for a budget"),
         (("--method", "gptq", "--samples", "100000"), "samples of 512 take"),
     ],
@@ -93,6 +97,28 @@ def test_activations_that_are_not_finite_name_their_layer(llama, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     done = run(folder, "-o", tmp_path / "out", "--method", "gptq", *TEXT)
     refused(done, "model.layers.1.mlp.down_proj.weight", "NaN or infinite")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_name_their_tensor(tmp_path, name):
+    folder = make(tmp_path / "bad", "llama", dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].reshape(-1)[5] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run(folder, "-o", tmp_path / "out", "--method", "gptq", *TEXT)
+    refused(done, name, "NaN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_norms_that_were_shifted_before_are_refused(tmp_path):
+    folder = make(tmp_path / "shifted", "qwen3_next", dtype="float32")
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith("layernorm.weight"):
+            values += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run(folder, "-o", tmp_path / "out", "--method", "gptq", *TEXT)
+    refused(done, "has been applied already")
 
 
 def test_a_hessian_that_is_not_positive_falls_back_to_search_and_says_so(llama):

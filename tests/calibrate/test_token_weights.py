@@ -1,0 +1,71 @@
+"""How much tokens count, one layer at a time, against slopes of the whole model at each linear layer's output."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlxquant.calibrate import token_weights as tested
+from mlxquant.calibrate.layered import Layered
+from mlxquant.calibrate.stand_ins import Added
+from mlxquant.convert.sources import open_source
+from mlxquant.measure.changes import at, put
+from mlxquant.plan.plan import make_plan
+from mlxquant.plan.recipe import settings
+from mlxquant.run.model import load_model
+from tests.tiny import VOCAB, make
+
+TOKENS = np.random.default_rng(0).integers(3, VOCAB, (3, 40))
+NAMES = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+_PIECE = 128  # of a sample, that next tokens are drawn for at once
+
+
+def layered(folder):
+    source = open_source(folder)
+    return Layered(source, make_plan(source.config, source.specs, settings(group_size=32)))
+
+
+def slopes(model, path, width, sample):
+    """d sum log p(drawn next tokens) / d what a linear layer of the whole model gives, (1, L, width)."""
+    ids = mx.array(TOKENS[sample][None])
+
+    def logits(probe):
+        return put(model, path, Added(at(model, path), probe))(ids)[0].astype(mx.float32)
+
+    zero = mx.zeros((1, ids.shape[1], width))
+    drawn = mx.random.categorical(logits(zero)[None], key=mx.random.key(tested.SEED + 1_000_003 * sample))[0]
+
+    def said(probe):
+        made = logits(probe)
+        return (mx.take_along_axis(made, drawn[:, None], -1)[:, 0] - mx.logsumexp(made, axis=-1)).sum()
+
+    return np.array(mx.grad(said)(zero))
+
+
+def test_equal_to_slopes_of_the_whole_model(tmp_path):
+    assert TOKENS.shape[1] <= _PIECE
+    folder = make(tmp_path / "m", "llama", dtype="float32")
+    found = tested.token_weights(layered(folder), TOKENS, tmp_path)
+    model = load_model(folder).model
+    for layer in range(2):
+        for name in NAMES:
+            path = f"model.layers.{layer}.{name}".split(".")
+            width = at(model, path).weight.shape[0]
+            squares = [(slopes(model, path, width, sample) ** 2).sum(-1)[0] for sample in range(len(TOKENS))]
+            roots = np.sqrt(squares)
+            got = found[".".join([*path, "weight"])]
+            assert got.shape == TOKENS.shape
+            assert np.abs(got - roots / roots.mean()).max() < 2e-3
+
+
+def test_experts_have_none_and_a_later_call_finds_what_was_made(tmp_path):
+    folder = make(tmp_path / "m", "qwen3_moe", dtype="float32")
+    model = layered(folder)
+    found = tested.token_weights(model, TOKENS, tmp_path)
+    assert found
+    assert not [name for name in found if len(model.tensors[name].target.shape) != 2]
+    assert all(abs(weights.mean() - 1) < 1e-5 for weights in found.values())
+
+    again = tested.token_weights(model, TOKENS, tmp_path)
+    assert found.keys() == again.keys()
+    assert all(np.array_equal(found[name], again[name]) for name in found)
