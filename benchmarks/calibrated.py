@@ -2,7 +2,7 @@
 
     python benchmarks/calibrated.py MODEL --text FILE -o results.json [--calibration FILE] [--imatrix FILE]
         [--methods mlx_lm,search,gptq+rotate --formats 4g64,3g64,bpw4.5] [--types Q4_K_M+imatrix,Q4_K+pure+imatrix]
-        [--ready NAME=PATH ...] [--windows 48] [--beside peers.json] [--plot out.svg]
+        [--ready NAME=PATH ...] [--windows 48] [--time-limit 1] [--beside peers.json] [--plot out.svg]
 
 MODEL is a full-precision folder. --methods times --formats are MLX folders: `mlx_lm` is what `mlx_lm.convert -q`
 writes, mlx_lm_awq, mlx_lm_gptq and mlx_lm_dynamic are scripts/peers_mlx_lm.py, every other one is `mlxquant convert
@@ -78,6 +78,7 @@ def mlx_command(options: argparse.Namespace, method: str, form: str, path: Path)
     kind, *switches = method.split("+")
     recipe = [] if bits is None else ["--recipe", "uniform"]
     more = [word for switch in switches for word in flags(options, switch)]
+    more += ["--time-limit", options.time_limit] if kind == "best" and options.time_limit else []
     text = [] if kind == "rtn" or "free" in switches else text
     return [tool("mlxquant"), "convert", options.model, "-o", path, *recipe, "--method", kind, *size, *more, *text]
 
@@ -206,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", help="as `mlxquant convert --calibration`")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--time-limit", help="minutes that best may try recipes")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--beside", type=Path, action="append", default=[], metavar="FILE")
     parser.add_argument("--work", type=Path, help="where students stand [default: beside -o]")
