@@ -73,15 +73,7 @@ def decide(
         tried.append(recipe)
     held[FULL] = Stream(scratch / "full.f32", _shape(model, held_BL))
     held[FULL].write(model.embedded(held_BL))
-    for number in range(model.count):
-        layer = model.open(number, model.weights(number))
-        for kind in held if number >= layers else [FULL]:
-            leaving = Stream(held[kind].path.with_suffix(f".{number}.f32"), held[kind].shape)
-            leaving.write(layer.run(states) for _, states in held[kind].batches())
-            held[kind].path.unlink()
-            held[kind] = leaving
-        if number >= layers:
-            step(watch)
+    _run_on(model, held, layers, watch)
     trials = [Trial(recipe, _divergence(model, held[FULL], held[str(i)], held_BL)) for i, recipe in enumerate(tried)]
     trials.sort(key=lambda trial: trial.nats)
     shutil.rmtree(scratch)
@@ -117,6 +109,19 @@ def _carried_out(
             entering.path.unlink()
         step(watch)
     return held.of(QUANTIZED, layers)
+
+
+def _run_on(model: Layered, held: dict[str, Stream], layers: int, watch: Watch) -> None:
+    """Candidates' streams through the layers that none has quantized, and the FULL one through all."""
+    for number in range(model.count):
+        layer = model.open(number, model.weights(number))
+        for kind in held if number >= layers else [FULL]:
+            leaving = Stream(held[kind].path.with_name(f"leaving-{number}.f32"), held[kind].shape)
+            leaving.write(layer.run(states) for _, states in held[kind].batches())
+            held[kind].path.unlink()
+            held[kind] = leaving
+        if number >= layers:
+            step(watch)
 
 
 def _divergence(model: Layered, full: Stream, quantized: Stream, tokens_BL: Array) -> float:
