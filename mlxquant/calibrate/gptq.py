@@ -70,11 +70,23 @@ def prepare(
     columns. Raises NotPositive.
     """
     diagonal_I = np.diagonal(hessian_II).astype(np.float64)
-    mean = float(diagonal_I.mean())
-    if not 0 < mean < np.inf:
-        raise NotPositive(f"the Hessian's mean diagonal is {mean:g}: expected a positive number")
     whole = group_size if group_size and group_size <= _WHOLE_UP_TO else 1
     order_I = _order(diagonal_I, whole) if act_order else np.arange(len(diagonal_I))
+    factor_II, share = _damped_root(hessian_II, order_I, damping)
+    root_I = np.diagonal(factor_II).copy()
+    cost_I = np.empty(len(root_I), np.float32)
+    cost_I[order_I] = np.square(root_I)
+    factor_II /= root_I
+    return Prepared(hessian_II, order_I, factor_II.astype(np.float32, copy=False), cost_I, share)
+
+
+def _damped_root(hessian_II: Array, order_I: Array, damping: float) -> tuple[Array, float]:
+    """(R upper with R R^T = the Hessian in this order and a share of its mean diagonal; that share). What is below R's
+    diagonal means nothing. Raises NotPositive.
+    """
+    mean = float(np.diagonal(hessian_II).mean(dtype=np.float64))
+    if not 0 < mean < np.inf:
+        raise NotPositive(f"the Hessian's mean diagonal is {mean:g}: expected a positive number")
     for share in (damping * 10**power for power in range(_DAMPINGS)):
         factor_II = _permuted(hessian_II, order_I)
         factor_II.reshape(-1)[:: len(factor_II) + 1] += share * mean
@@ -82,11 +94,7 @@ def prepare(
             _factor(factor_II)
         except np.linalg.LinAlgError:
             continue
-        root_I = np.diagonal(factor_II).copy()
-        cost_I = np.empty(len(root_I), np.float32)
-        cost_I[order_I] = np.square(root_I)
-        factor_II /= root_I
-        return Prepared(hessian_II, order_I, factor_II.astype(np.float32, copy=False), cost_I, share)
+        return factor_II, share
     raise NotPositive(f"the Hessian is not positive definite, not even with {share:g} of its mean diagonal added")
 
 
@@ -207,18 +215,26 @@ def corrected(
     arXiv:2504.02692; Qronos, Zhang et al. 2025, arXiv:2505.11695). left_OI = mean d y^T: where the output is added to a
     stream that is already off by d, t makes that good, too. strength: how much of the difference is taken. damping: of
     the Hessian's mean diagonal; more than codes need, as this is fitted to noise, too. Float32 (O, I). Raises
-    NotPositive where that leaves it singular.
+    NotPositive. Memory beyond the arguments: as prepare().
     """
-    damped_II = hessian_II.copy()
-    damped_II.reshape(-1)[:: len(damped_II) + 1] += np.float32(damping * np.diagonal(hessian_II).mean())
-    pull_OI = np.zeros_like(w_OI) if cross_II is None else w_OI @ (cross_II - hessian_II)
-    if left_OI is not None:
-        pull_OI = pull_OI + left_OI
-    try:
-        change_IO = np.linalg.solve(damped_II, pull_OI.T)
-    except np.linalg.LinAlgError as error:
-        raise NotPositive("the Hessian is singular with damping, too") from error
-    return np.asarray(w_OI + np.float32(strength) * change_IO.T, np.float32)
+    root_II, _ = _damped_root(hessian_II, np.arange(len(hessian_II)), damping)
+    pull_OI = np.zeros(w_OI.shape, root_II.dtype) if left_OI is None else left_OI.astype(root_II.dtype)
+    if cross_II is not None:
+        pull_OI += w_OI @ (cross_II - hessian_II)
+    _divide(pull_OI, root_II)
+    return np.asarray(w_OI + np.float32(strength) * pull_OI.astype(np.float32, copy=False), np.float32)
+
+
+def _divide(b_OI: Array, root_II: Array) -> None:
+    """B -> B A^-1 in place, A = R R^T: by R^T from the last columns to the first, then by R the other way."""
+    parts = [slice(start, min(start + _BLOCK, len(root_II))) for start in range(0, len(root_II), _BLOCK)]
+    corners = [np.linalg.inv(np.triu(root_II[part, part]).astype(np.float64)).astype(b_OI.dtype) for part in parts]
+    for part, inverse in zip(reversed(parts), reversed(corners), strict=True):
+        b_OI[:, part] -= b_OI[:, part.stop :] @ root_II[part, part.stop :].T
+        b_OI[:, part] = b_OI[:, part] @ inverse.T
+    for part, inverse in zip(parts, corners, strict=True):
+        b_OI[:, part] -= b_OI[:, : part.start] @ root_II[: part.start, part]
+        b_OI[:, part] = b_OI[:, part] @ inverse
 
 
 def output_error(w_OI: Array, values_OI: Array, hessian_II: Array) -> float:

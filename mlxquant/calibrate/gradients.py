@@ -160,9 +160,12 @@ def head_of(model: Layered, values_VH: Array | None = None) -> Callable[[Any], A
 
 
 def whole_head(model: Layered) -> Array:
-    """Float32 (V, H)."""
+    """Float32 (V, H). It is in memory once, and some rows more."""
     tensor = model.head()
-    return np.concatenate([model.rows(tensor, *part) for part in chunks(tensor.target)])
+    whole = np.empty(tensor.target.shape, np.float32)
+    for start, stop in chunks(tensor.target):
+        whole[start:stop] = model.rows(tensor, start, stop)
+    return whole
 
 
 def _log_of_drawn(logits_1TV: Any, key: Any) -> Any:

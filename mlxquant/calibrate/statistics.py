@@ -31,8 +31,12 @@ class _Sum:
     tokens: int = 0
 
     def mean(self, symmetric: bool) -> Array:
-        mean = np.array(self.matrix) / max(self.weight, float(np.finfo(np.float32).tiny))
-        return (mean + mean.T) / 2 if symmetric else mean  # a matrix product may add its two halves in another order
+        mean: Array = np.array(self.matrix)
+        mean /= max(self.weight, float(np.finfo(np.float32).tiny))
+        if symmetric:  # a matrix product may add its two halves in another order
+            mean = mean + mean.T
+            mean /= 2
+        return mean
 
 
 class Moments:

@@ -181,7 +181,7 @@ def test_corrected_weights_say_of_other_inputs_what_was_said() -> None:
     np.testing.assert_allclose(corrected(w, seen, cross, strength=0.25, damping=0.0), w + 0.25 * (best - w), atol=1e-5)
     np.testing.assert_array_equal(corrected(w, seen, cross, strength=0.0), w)
     singular = np.zeros((64, 64), np.float32)
-    with pytest.raises(NotPositive, match="singular"):
+    with pytest.raises(NotPositive, match="mean diagonal"):
         corrected(w, singular, cross.astype(np.float32))
 
 
