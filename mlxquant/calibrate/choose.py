@@ -15,6 +15,7 @@ from mlxquant.calibrate.fold import Feed, check, feeds
 from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
+from mlxquant.calibrate.refit import refit
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream, Streams
 from mlxquant.calibrate.token_weights import Weights
@@ -281,12 +282,24 @@ class Chooser:
         def of(w_OI: Array) -> tuple[Chosen, float]:
             before, target = rounding(tensor, w_OI, hessian_II), None
             if ready is None:
-                return searched(tensor, w_OI, hessian_II, note), before
+                chosen = searched(tensor, w_OI, hessian_II, note)
+                return (chosen if note else self._refitted(tensor, w_OI, chosen, hessian_II)), before
             if cross_II is not None or left_OI is not None:
                 target = corrected(w_OI, hessian_II, cross_II, left_OI, strength=self.recipe.target)
             return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
 
         return of
+
+    def _refitted(self, tensor: PlannedTensor, w_OI: Array, chosen: Chosen, hessian_II: Array) -> Chosen:
+        """What search chose column by column, scales and biases fitted to the output, too; codes as they are."""
+        if tensor.codec.mode != "affine":
+            return chosen
+        try:
+            return refit(
+                w_OI, chosen.parts, hessian_II, tensor.dtype, tensor.codec, rounds=self.recipe.rounds, recode=False
+            )
+        except np.linalg.LinAlgError:  # a group's own part of the Hessian is not positive
+            return chosen
 
 
 def head_moments(model: Layered, leaving: Stream) -> Array:

@@ -94,19 +94,26 @@ def upper_root(a_BB: Array) -> Array:
 
 
 def refit(
-    w_OI: Array, parts: tuple[Array, ...], hessian_II: Array, dtype_code: str, codec: Codec, *, rounds: int = 2
+    w_OI: Array,
+    parts: tuple[Array, ...],
+    hessian_II: Array,
+    dtype_code: str,
+    codec: Codec,
+    *,
+    rounds: int = 2,
+    recode: bool = True,
 ) -> Chosen:
     """Codes, scales and biases that were chosen in whatever way -> better ones, of no larger error in any row.
 
-    w_OI: float32. parts: of an affine codec. hessian_II: float32 (I, I), symmetric and positive semidefinite. Raises
-    LinAlgError where it is far from that.
+    w_OI: float32. parts: of an affine codec. recode: False leaves codes as they are. hessian_II: float32 (I, I),
+    symmetric and positive semidefinite. Raises LinAlgError where it is far from that.
     """
     codes_OI, (scale_OG, bias_OG) = codes(parts, codec), (widen(part, dtype_code) for part in parts[1:])
     pieces = groups(hessian_II, codec)
 
     def work(rows: slice) -> tuple[float, float]:
         tile = Tile(*(padded(array[rows]) for array in (w_OI, codes_OI, scale_OG, bias_OG)))
-        error_R = improve(tile, hessian_II, pieces, dtype_code, codec, rounds)
+        error_R = improve(tile, hessian_II, pieces, dtype_code, codec, rounds, recode)
         put_back(tile, rows, codes_OI, scale_OG, bias_OG)
         return float(error_R.sum()), float(quadratic(tile.w_IR, hessian_II).sum())
 
@@ -115,7 +122,15 @@ def refit(
     return Chosen(better, decode(better, dtype_code, codec), share)
 
 
-def improve(tile: Tile, hessian_II: Array, pieces: list[Group], dtype_code: str, codec: Codec, rounds: int) -> Array:
+def improve(
+    tile: Tile,
+    hessian_II: Array,
+    pieces: list[Group],
+    dtype_code: str,
+    codec: Codec,
+    rounds: int,
+    recode: bool = True,
+) -> Array:
     """Changes codes, scales and biases in place. Returns the squared output error of each row, (R,) float64."""
     error_IR = tile.w_IR - tile.values_IR()
     before_R = quadratic(error_IR, hessian_II)
@@ -124,7 +139,14 @@ def improve(tile: Tile, hessian_II: Array, pieces: list[Group], dtype_code: str,
     was = tile.code_IR.copy(), tile.scale_GR.copy(), tile.bias_GR.copy()
     for _ in range(rounds):
         for g, group in enumerate(pieces):
-            _improve_group(tile, g, group, error_IR, hessian_II[group.columns] @ error_IR, dtype_code, codec)
+            pull_BR = hessian_II[group.columns] @ error_IR
+            if recode:
+                _anew(tile, g, group, error_IR, pull_BR, dtype_code, codec)
+            _refit(tile, g, group, error_IR, pull_BR, dtype_code)
+            if recode:
+                of_group = tile.scale_GR[g], tile.bias_GR[g], np.float32(2**codec.bits - 1)
+                both = tile.code_IR[group.columns], error_IR[group.columns]
+                kernels.descend_group(pull_BR, group.hessian_BB, *of_group, *both)
     after_R = quadratic(tile.w_IR - tile.values_IR(), hessian_II)
     worse_R = ~(after_R <= before_R)  # by float32's rounding, where there was next to nothing to gain
     for now, old in zip((tile.code_IR, tile.scale_GR, tile.bias_GR), was, strict=True):
@@ -132,10 +154,8 @@ def improve(tile: Tile, hessian_II: Array, pieces: list[Group], dtype_code: str,
     return np.where(worse_R, before_R, after_R)
 
 
-def _improve_group(
-    tile: Tile, g: int, group: Group, error_IR: Array, pull_BR: Array, dtype_code: str, codec: Codec
-) -> None:
-    """One group of all rows. pull_BR = H error; error_IR is kept up to date."""
+def _anew(tile: Tile, g: int, group: Group, error_IR: Array, pull_BR: Array, dtype_code: str, codec: Codec) -> None:
+    """Codes, scale and bias of one group of all rows. pull_BR = H error; both are kept up to date."""
     code_BR, error_BR = tile.code_IR[group.columns], error_IR[group.columns]
     scale_R, bias_R = tile.scale_GR[g], tile.bias_GR[g]
     top = np.float32(2**codec.bits - 1)
@@ -157,11 +177,16 @@ def _improve_group(
             np.copyto(into, found, where=better)
     error_BR -= taken_BR
     pull_BR -= kernels.product(group.hessian_BB, taken_BR)
-    spread_BR = kernels.product(group.hessian_BB, code_BR)
-    kernels.refit_group(pull_BR, spread_BR, group.spread_B, KINDS[dtype_code], code_BR, scale_R, bias_R, taken_BR)
-    error_BR -= taken_BR
-    pull_BR -= kernels.product(group.hessian_BB, taken_BR)
-    kernels.descend_group(pull_BR, group.hessian_BB, scale_R, bias_R, top, code_BR, error_BR)
+
+
+def _refit(tile: Tile, g: int, group: Group, error_IR: Array, pull_BR: Array, dtype_code: str) -> None:
+    """Scale and bias of one group of all rows, for the codes that it has."""
+    code_BR = tile.code_IR[group.columns]
+    spread_BR, change_BR = kernels.product(group.hessian_BB, code_BR), np.empty_like(code_BR)
+    own = code_BR, tile.scale_GR[g], tile.bias_GR[g], change_BR
+    kernels.refit_group(pull_BR, spread_BR, group.spread_B, KINDS[dtype_code], *own)
+    error_IR[group.columns] -= change_BR
+    pull_BR -= kernels.product(group.hessian_BB, change_BR)
 
 
 def _searched(ideal_BR: Array, group: Group, dtype_code: str, codec: Codec) -> list[tuple[Array, Array]]:

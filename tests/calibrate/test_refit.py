@@ -44,6 +44,17 @@ def test_more_rounds_no_larger_error_and_none_nothing() -> None:
         np.testing.assert_array_equal(was, now)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scales_and_biases_alone_leave_codes_and_no_larger_error(bits: int) -> None:
+    w, h, codec = weights(40, 256), hessian(256), affine(bits, 64)
+    parts = search(w, "F32", "BF16", codec, np.diagonal(h).copy())
+    before, chosen = row_errors(w, decode(parts, "BF16", codec), h), refit(w, parts, h, "BF16", codec, recode=False)
+    after = row_errors(w, chosen.values_OI, h)
+    np.testing.assert_array_equal(chosen.parts[0], parts[0])
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.99 * before.sum()
+
+
 def test_in_the_end_no_code_and_no_scale_could_gain() -> None:
     """Codes: every one, to every other value. Scales and biases: the joint least-squares fit of each row."""
     w, h, codec = weights(6, 96), hessian(96), affine(3, 32)

@@ -110,18 +110,17 @@ def slowly(w_G: Array, u_G: Array, dtype: str, n: int) -> float:
 @pytest.mark.parametrize("width", AFFINE_BITS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_it_finds_what_a_slow_search_finds(width: int, weighted: bool) -> None:
-    """Within 2 % of 507 starts with 12 fits each, where all weights count alike, and within 6 % where some count e
-    times as much as others; both over 48 groups. At 8 bits the rounding of scale and bias decides, and 33 tries by
-    another road beat it."""
+    """Within 2 % of 507 starts with 12 fits each over 48 groups, whether all weights count alike or some much more than
+    others. At 8 bits the rounding of scale and bias decides, and tries by another road beat it."""
     rng = np.random.default_rng(width)
     codec = affine(width, 64)
     raw = narrow((rng.laplace(size=(48, 64)) * 0.02).astype(np.float32), "BF16")
     w = exact(raw, "BF16", "BF16")
-    weight = np.exp(rng.normal(size=64)).astype(np.float32) if weighted else np.ones(64, np.float32)
-    found = decode(search(raw, "BF16", "BF16", codec, weight), "BF16", codec)
+    weight = np.exp(2 * rng.normal(size=64)).astype(np.float32) if weighted else np.ones(64, np.float32)
+    found = decode(search(raw, "BF16", "BF16", codec, weight if weighted else None), "BF16", codec)
     ours = float((weight * (w.astype(np.float64) - found) ** 2).sum())
     slow = sum(slowly(row.astype(np.float64), weight.astype(np.float64), "BF16", 2**width - 1) for row in w)
-    assert ours <= slow * (1.06 if weighted else 1.02)
+    assert ours <= slow * 1.02
 
 
 @dtypes
@@ -246,9 +245,9 @@ def test_row_chunks_threads_and_layout_do_not_change_the_bytes(codec: Codec, wei
 
 def test_values_and_pack_are_search_in_two_steps() -> None:
     raw = rows("BF16", seed=7, largest=1e30)
-    w, codec, weight = exact(raw, "BF16", "BF16"), affine(5, 32), importance(raw.shape)
-    codes, scale, bias = search_values(w, "BF16", codec, weight)
-    same(pack(codes, scale, bias, "BF16", codec), list(search(raw, "BF16", "BF16", codec, weight)))
+    w, codec = exact(raw, "BF16", "BF16"), affine(5, 32)
+    codes, scale, bias = search_values(w, "BF16", codec)
+    same(pack(codes, scale, bias, "BF16", codec), list(search(raw, "BF16", "BF16", codec)))
     for values in (scale, bias):
         np.testing.assert_array_equal(bits(widen(narrow(values, "BF16"), "BF16")), bits(values))
 
