@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from statistics import fmean
@@ -12,7 +13,7 @@ import numpy as np
 
 from mlxquant.calibrate.awq import awq
 from mlxquant.calibrate.fold import Feed, check, feeds
-from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
+from mlxquant.calibrate.gptq import NotPositive, corrected, gptq, output_error, prepare
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.refit import refit
@@ -265,9 +266,6 @@ class Chooser:
 
     # -- one weight
 
-    def _ready(self, hessian_II: Array, tensor: PlannedTensor) -> Prepared:
-        return prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
-
     def prepared(
         self, tensor: PlannedTensor, hessian_II: Array, cross_II: Array | None = None, left_OI: Array | None = None
     ) -> RowChooser:
@@ -275,31 +273,19 @@ class Chooser:
         ready, note = None, ""
         if self.recipe.codes == "gptq" and tensor.codec.mode == "affine":
             try:
-                ready = self._ready(hessian_II, tensor)
+                ready = prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
             except NotPositive as error:
                 note = str(error)
 
         def of(w_OI: Array) -> tuple[Chosen, float]:
             before, target = rounding(tensor, w_OI, hessian_II), None
             if ready is None:
-                chosen = searched(tensor, w_OI, hessian_II, note)
-                return (chosen if note else self._refitted(tensor, w_OI, chosen, hessian_II)), before
+                return searched(tensor, w_OI, hessian_II, note, 0 if note else self.recipe.rounds), before
             if cross_II is not None or left_OI is not None:
                 target = corrected(w_OI, hessian_II, cross_II, left_OI, strength=self.recipe.target)
             return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
 
         return of
-
-    def _refitted(self, tensor: PlannedTensor, w_OI: Array, chosen: Chosen, hessian_II: Array) -> Chosen:
-        """What search chose column by column, scales and biases fitted to the output, too; codes as they are."""
-        if tensor.codec.mode != "affine":
-            return chosen
-        try:
-            return refit(
-                w_OI, chosen.parts, hessian_II, tensor.dtype, tensor.codec, rounds=self.recipe.rounds, recode=False
-            )
-        except np.linalg.LinAlgError:  # a group's own part of the Hessian is not positive
-            return chosen
 
 
 def head_moments(model: Layered, leaving: Stream) -> Array:
@@ -330,10 +316,18 @@ def kept(tensor: PlannedTensor, values: Array, start: int = 0) -> Array:
     return raw
 
 
-def searched(tensor: PlannedTensor, w_OI: Array, hessian_II: Array | None = None, note: str = "") -> Chosen:
-    """By search, columns weighted by what enters them."""
+def searched(
+    tensor: PlannedTensor, w_OI: Array, hessian_II: Array | None = None, note: str = "", rounds: int = 0
+) -> Chosen:
+    """By search, columns weighted by what enters them. rounds: of fitting scales and biases to the output, then; codes
+    stay as they are.
+    """
     weight = None if hessian_II is None else np.maximum(np.diagonal(hessian_II), 0).astype(np.float32)
     parts = search(w_OI, "F32", tensor.dtype, tensor.codec, weight)
+    if rounds and hessian_II is not None and tensor.codec.mode == "affine":
+        # A group's own part of the Hessian may not be positive: then what search found stays.
+        with suppress(np.linalg.LinAlgError):
+            return refit(w_OI, parts, hessian_II, tensor.dtype, tensor.codec, rounds=rounds, recode=False)
     values = decode(parts, tensor.dtype, tensor.codec)
     return Chosen(parts, values, 0.0 if hessian_II is None else output_error(w_OI, values, hessian_II), note)
 

@@ -36,8 +36,7 @@ SEED = 1
 
 def token_weights(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Weights:
     """Of every linear layer that each token passes (experts have none). Kept in `folder`, where a later call finds
-    them; 8 * B * L * H bytes a layer are there meanwhile. Raises KeyboardInterrupt when
-    the watch says so.
+    them; 8 * B * L * H bytes a layer are there meanwhile. Raises KeyboardInterrupt when the watch says so.
     """
     if (found := _read(folder / FILE)) is not None:
         return found

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.calibrate import token_weights as tested
+from mlxquant.calibrate.gradients import _HEAD_TOKENS
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.stand_ins import Added
 from mlxquant.convert.sources import open_source
@@ -17,7 +18,6 @@ from tests.tiny import VOCAB, make
 
 TOKENS = np.random.default_rng(0).integers(3, VOCAB, (3, 40))
 NAMES = ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-_PIECE = 128  # of a sample, that next tokens are drawn for at once
 
 
 def layered(folder):
@@ -43,7 +43,7 @@ def slopes(model, path, width, sample):
 
 
 def test_equal_to_slopes_of_the_whole_model(tmp_path):
-    assert TOKENS.shape[1] <= _PIECE
+    assert TOKENS.shape[1] <= _HEAD_TOKENS  # drawn at once, as `slopes` draws
     folder = make(tmp_path / "m", "llama", dtype="float32")
     found = tested.token_weights(layered(folder), TOKENS, tmp_path)
     model = load_model(folder).model
@@ -65,7 +65,6 @@ def test_experts_have_none_and_a_later_call_finds_what_was_made(tmp_path):
     assert found
     assert not [name for name in found if len(model.tensors[name].target.shape) != 2]
     assert all(abs(weights.mean() - 1) < 1e-5 for weights in found.values())
-
-    again = tested.token_weights(model, TOKENS, tmp_path)
+    again = tested.token_weights(None, TOKENS, tmp_path)  # of no model: from the file
     assert found.keys() == again.keys()
     assert all(np.array_equal(found[name], again[name]) for name in found)

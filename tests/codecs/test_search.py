@@ -252,6 +252,17 @@ def test_values_and_pack_are_search_in_two_steps() -> None:
         np.testing.assert_array_equal(bits(widen(narrow(values, "BF16"), "BF16")), bits(values))
 
 
+@pytest.mark.parametrize("codec", CODECS[:-1], ids=lambda codec: codec.label)
+def test_values_that_count_unlike_are_never_worse_than_encodes_and_hardly_than_search(codec: Codec) -> None:
+    raw = narrow((np.random.default_rng(3).laplace(size=(24, 256)) * 0.02).astype(np.float32), "BF16")
+    w, weight = exact(raw, "BF16", "BF16"), importance(raw.shape)
+    own, found = both(raw, "BF16", codec, weight)
+    values = decode(pack(*search_values(w, "BF16", codec, weight), "BF16", codec), "BF16", codec)
+    shorter = misfit(w, values, codec, weight)
+    assert (shorter <= own).all()
+    assert found.sum() <= shorter.sum() < 1.5 * found.sum()
+
+
 def test_values_are_taken_as_they_are_not_rounded_first() -> None:
     w = (np.random.default_rng(1).normal(size=(16, 64)) * 0.02).astype(np.float32)
     codes, scale, bias = search_values(w, "BF16", affine(8, 64))
