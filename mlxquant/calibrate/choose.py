@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import repeat
 from statistics import fmean
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from mlxquant.calibrate.awq import awq
 from mlxquant.calibrate.fold import Feed, check, feeds
-from mlxquant.calibrate.gptq import NotPositive, corrected, gptq, output_error, prepare
+from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.refit import refit
@@ -95,18 +96,20 @@ class Done:
         writing = [stage for stage in after.stages if not writes.isdisjoint(stage)]
         ends = {*writing[0], *after.stages[-1]} if writing else set[str]()
         self.adds = writes & ends
-        self.chosen: dict[str, Chosen] = {}
+        self.chosen: dict[str, tuple[Array, ...]] = {}
         self.records: list[Record] = []
         self.sums: dict[str, str] = {}
 
     def choose(self, tensor: PlannedTensor, chosen: Chosen) -> None:
-        self.chosen[tensor.name] = chosen
+        """The weight as it was and its values are let go: the layer has them."""
+        self.chosen[tensor.name] = chosen.parts
         self.after.put(tensor.name, chosen.values_OI.reshape(tensor.target.shape))
+        del self.weights[tensor.name]
 
     def parts(self, tensor: PlannedTensor) -> tuple[Array, ...]:
         """What is stored of a tensor, rows first."""
         if tensor.name in self.chosen:
-            return self.chosen[tensor.name].parts
+            return self.chosen[tensor.name]
         return (kept(tensor, by_rows(self.weights[tensor.name])),)
 
     def run(self, entering: Stream) -> Iterator[Array]:
@@ -153,9 +156,8 @@ class Chooser:
             wanted = [model.tensors[name] for name in stage if model.tensors[name].codec.quantized]
             if wanted:
                 found = self._looked_at(done, stage, wanted, streams, number, tokens)
-                chosen = [(tensor, self._chosen(done, tensor, found[tensor.name])) for tensor in wanted]
-                for tensor, choice in chosen:
-                    done.choose(tensor, choice)
+                for tensor in wanted:
+                    done.choose(tensor, self._chosen(done, tensor, found.pop(tensor.name)))
         for tensor in model.of_layer(number):
             if tensor.codec.quantized and tensor.name not in done.chosen:
                 with named(tensor):
@@ -270,20 +272,22 @@ class Chooser:
         self, tensor: PlannedTensor, hessian_II: Array, cross_II: Array | None = None, left_OI: Array | None = None
     ) -> RowChooser:
         """Codes under one Hessian; of a matrix in row chunks where there is no left_OI."""
-        ready, note = None, ""
-        if self.recipe.codes == "gptq" and tensor.codec.mode == "affine":
-            try:
-                ready = prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
-            except NotPositive as error:
-                note = str(error)
+        rounds = self.recipe.rounds
+
+        @cache
+        def ready() -> Prepared:
+            return prepare(hessian_II, damping=self.recipe.damping, group_size=tensor.codec.group_size)
 
         def of(w_OI: Array) -> tuple[Chosen, float]:
             before, target = rounding(tensor, w_OI, hessian_II), None
-            if ready is None:
-                return searched(tensor, w_OI, hessian_II, note, 0 if note else self.recipe.rounds), before
-            if cross_II is not None or left_OI is not None:
-                target = corrected(w_OI, hessian_II, cross_II, left_OI, strength=self.recipe.target)
-            return gptq(w_OI, ready, tensor.dtype, tensor.codec, target_OI=target, rounds=self.recipe.rounds), before
+            if self.recipe.codes != "gptq" or tensor.codec.mode != "affine":
+                return searched(tensor, w_OI, hessian_II, rounds=rounds), before
+            try:
+                if cross_II is not None or left_OI is not None:  # first: that and ready() take a Hessian's memory each
+                    target = corrected(w_OI, hessian_II, cross_II, left_OI, strength=self.recipe.target)
+                return gptq(w_OI, ready(), tensor.dtype, tensor.codec, target_OI=target, rounds=rounds), before
+            except NotPositive as error:
+                return searched(tensor, w_OI, hessian_II, str(error)), before
 
         return of
 

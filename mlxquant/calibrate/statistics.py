@@ -20,6 +20,7 @@ Array = np.ndarray[Any, Any]
 # squares: (I,), mean of x^2        hessian: (I, I), mean of x x^T
 # cross:   (I, I), mean of x y^T, y being what the same tokens are in another stream
 Kind = Literal["squares", "hessian", "cross"]
+_ROWS = 256
 
 
 @dataclass
@@ -34,8 +35,7 @@ class _Sum:
         mean: Array = np.array(self.matrix)
         mean /= max(self.weight, float(np.finfo(np.float32).tiny))
         if symmetric:  # a matrix product may add its two halves in another order
-            mean = mean + mean.T
-            mean /= 2
+            _make_symmetric(mean)
         return mean
 
 
@@ -75,15 +75,17 @@ class Moments:
         return self._sums[expert].tokens if expert in self._sums else 0
 
     def mean(self) -> Array:
-        """Over all rows, whatever expert they were sent to: (I,) or (I, I)."""
+        """Over all rows, whatever expert they were sent to: (I,) or (I, I). Of a dense layer's matrices the sum is let
+        go then: nothing can be added any more.
+        """
         if self._all is None:
             parts = list(self._sums.values())
             if not parts:
                 raise SourceError(f"{self.name}: no calibration token reached this layer", hint="give more --samples")
-            if len(parts) == 1:
-                return self._mean(parts[0])
-            total = sum(part.matrix for part in parts)
+            total = parts[0].matrix if len(parts) == 1 else sum(part.matrix for part in parts)
             self._all = self._mean(_Sum(total, sum(part.weight for part in parts)))
+            if not self.experts and self.kind != "squares":
+                parts[0].matrix = None
         return self._all
 
     def _mean(self, part: _Sum) -> Array:
@@ -91,8 +93,8 @@ class Moments:
 
     def for_expert(self, expert: int) -> tuple[Array, bool]:
         """(its moments, False), or (those of all tokens, True) where it was sent too few."""
-        if self.is_fallback(expert):
-            return self.mean(), True
+        if self.is_fallback(expert) or len(self._sums) == 1:
+            return self.mean(), self.is_fallback(expert)
         return self._mean(self._sums[expert]), False
 
     def is_fallback(self, expert: int) -> bool:
@@ -151,6 +153,14 @@ def _rows(expert_N: Any) -> list[tuple[int, Array | None]]:
     order = np.argsort(experts, kind="stable")
     present, starts = np.unique(experts[order], return_index=True)
     return list(zip(present.tolist(), np.split(order, starts[1:]), strict=True)) if len(present) else []
+
+
+def _make_symmetric(a_II: Array) -> None:
+    """(A + A^T) / 2 in place, some rows at a time: a wide layer's Hessian is not copied."""
+    for start in range(0, len(a_II), _ROWS):
+        part = slice(start, start + _ROWS)
+        mean = (a_II[part, start:] + a_II[start:, part].T) / 2
+        a_II[part, start:], a_II[start:, part] = mean, mean.T
 
 
 def _taken(arrays: tuple[Any, ...], rows: Any) -> tuple[Any, ...]:
