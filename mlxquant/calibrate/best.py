@@ -19,10 +19,10 @@ import numpy as np
 
 from mlxquant.calibrate.choose import Chooser
 from mlxquant.calibrate.gradients import head_of
+from mlxquant.calibrate.importance import Weights
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream, Streams
-from mlxquant.calibrate.token_weights import Weights
 from mlxquant.files.writing import write_whole
 from mlxquant.measure.runner import Watch, step
 from mlxquant.measure.score import score
@@ -52,11 +52,11 @@ def decide(
     folder: Path,
     watch: Watch,
     limit_s: float | None = None,
-    head_II: Array | None = None,
+    table_HH: Array | None = None,
 ) -> list[Trial]:
     """The candidates that were tried, the best first.
 
-    tokens: of token_weights.py for tokens_BL. head_II: as Chooser takes it. Kept in `folder`, where a later call finds
+    tokens: of importance.py for tokens_BL. table_HH: as Chooser takes it. Kept in `folder`, where a later call finds
     what was decided. Raises KeyboardInterrupt when the watch says so.
     """
     if (found := _read(folder / FILE, candidates)) is not None:
@@ -69,7 +69,8 @@ def decide(
         took = (time.monotonic() - began) / max(1, len(tried))
         if tried and limit_s is not None and time.monotonic() - began + took > limit_s:
             break
-        held[str(len(tried))] = _carried_out(model, recipe, layers, tokens_BL, held_BL, tokens, scratch, watch, head_II)
+        chooser = Chooser(recipe, table_HH)
+        held[str(len(tried))] = _carried_out(model, chooser, layers, tokens_BL, held_BL, tokens, scratch, watch)
         tried.append(recipe)
     held[FULL] = Stream(scratch / "full.f32", _shape(model, held_BL))
     held[FULL].write(model.embedded(held_BL))
@@ -84,17 +85,16 @@ def decide(
 
 def _carried_out(
     model: Layered,
-    recipe: Recipe,
+    chooser: Chooser,
     layers: int,
     tokens_BL: Array,
     held_BL: Array,
     tokens: Weights,
     scratch: Path,
     watch: Watch,
-    head_II: Array | None,
 ) -> Stream:
     """What the held-out samples are behind the first layers, quantized by a recipe."""
-    chooser, folder = Chooser(recipe, head_II), scratch / recipe.label
+    folder = scratch / chooser.recipe.label
     streams = Streams(folder, _shape(model, tokens_BL), chooser.kinds)
     held = Streams(folder / "held", _shape(model, held_BL), (QUANTIZED,))
     change = chooser.table_values(model.embedding())
@@ -102,7 +102,7 @@ def _carried_out(
         streams.of(kind, 0).write(model.embedded(tokens_BL, change if kind == QUANTIZED else None))
     held.of(QUANTIZED, 0).write(model.embedded(held_BL, change))
     for number in range(layers):
-        done = chooser.layer(model, number, streams, tokens if recipe.tokens else {})
+        done = chooser.layer(model, number, streams, tokens if chooser.recipe.tokens else {})
         chooser.leave(done, number, streams)
         held.of(QUANTIZED, number + 1).write(done.run(held.of(QUANTIZED, number)))
         for entering in (*streams.all_of(number).values(), held.of(QUANTIZED, number)):

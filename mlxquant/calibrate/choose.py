@@ -15,12 +15,12 @@ import numpy as np
 from mlxquant.calibrate.awq import awq
 from mlxquant.calibrate.fold import Feed, check, feeds
 from mlxquant.calibrate.gptq import NotPositive, Prepared, corrected, gptq, output_error, prepare
+from mlxquant.calibrate.importance import Weights
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.refit import refit
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import FULL, QUANTIZED, Stream, Streams
-from mlxquant.calibrate.token_weights import Weights
 from mlxquant.calibrate.values import Chosen, Inputs
 from mlxquant.calibrate.wiring import wiring
 from mlxquant.codecs.encode import decode, encode
@@ -119,12 +119,13 @@ class Done:
 
 
 class Chooser:
-    """Carries out a recipe. Holds nothing between layers. head_II: moments of what enters the output head, for a model
-    whose head is its embedding, which is chosen before anything has passed the layers.
+    """Carries out a recipe. Holds nothing between layers. table_HH: what errors of the embedding's rows cost, as far as
+    that is known before anything has passed the layers: by importance.py; where it is the output head, too, by the
+    moments of what enters that; or the sum of both.
     """
 
-    def __init__(self, recipe: Recipe, head_II: Array | None = None) -> None:
-        self.recipe, self._head_II = recipe, head_II
+    def __init__(self, recipe: Recipe, table_HH: Array | None = None) -> None:
+        self.recipe, self._table_HH = recipe, table_HH
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -246,11 +247,9 @@ class Chooser:
     # -- the vocabulary's matrices
 
     def table(self, tensor: PlannedTensor) -> RowChooser:
-        """Of the embedding: its rows enter the stream as they are, each column as good as any other. As a head, too,
-        it is chosen by that: there an error is multiplied by large states.
-        """
-        if self._head_II is not None:
-            return self.prepared(tensor, self._head_II)
+        """Of the embedding; where nothing is known, each column is as good as any other."""
+        if self._table_HH is not None:
+            return self.prepared(tensor, self._table_HH)
         return lambda w_OI: (searched(tensor, w_OI), 0.0)
 
     def table_values(self, tensor: PlannedTensor) -> Callable[[Array], Array] | None:

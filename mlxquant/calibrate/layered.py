@@ -108,8 +108,8 @@ class Layered:
         for start, stop in chunks(tensor.target):
             wanted = ids_U[(ids_U >= start) & (ids_U < stop)]
             if len(wanted):
-                values = self.rows(tensor, start, stop)
-                parts.append((change(values) if change else values)[wanted - start])
+                values = self.rows(tensor, start, stop)[wanted - start]
+                parts.append(change(values) if change else values)
         return np.concatenate(parts)
 
     def embedding(self) -> PlannedTensor:

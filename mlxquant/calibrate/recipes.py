@@ -15,7 +15,7 @@ class Recipe:
     codes: 'search' (each column weighted by its mean square) or 'gptq' (the whole Hessian). damping: of the Hessian's
     mean diagonal. target: how much of what the layers before did wrong is made good, 0 to 1. rounds: of descending
     codes and refitting scales and biases. factors: AWQ's, folded into what feeds a linear layer. tokens: count by what
-    an error there costs (token_weights.py), which takes the model backwards once.
+    an error there costs (importance.py), which takes the model backwards once.
     """
 
     method: str

@@ -23,12 +23,12 @@ from safetensors.numpy import load, save
 from mlxquant.calibrate.best import Trial, decide
 from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments, kept
 from mlxquant.calibrate.gradients import trace
+from mlxquant.calibrate.importance import Importance, Weights, importance
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.rotate import Rotation
 from mlxquant.calibrate.streams import QUANTIZED, Streams
 from mlxquant.calibrate.text import hold_out
-from mlxquant.calibrate.token_weights import Weights, token_weights
 from mlxquant.calibrate.values import Samples
 from mlxquant.convert.gather import chunks, refuse_shifted_norms
 from mlxquant.convert.manifest import NAME, manifest
@@ -123,14 +123,15 @@ class _Job:
         used, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
         self._tokens_BL = used.tokens_BL
         asked = any(recipe.tokens for recipe in recipes)
-        self._tokens = token_weights(model, self._tokens_BL, self._folder, watch) if asked else {}
-        head_II = self._tied_head() if any(recipe.codes == "gptq" for recipe in recipes) else None
+        known = importance(model, self._tokens_BL, self._folder, watch) if asked else None
+        self._tokens = known.tokens if known else {}
+        table_HH = self._of_table(known) if any(recipe.codes == "gptq" for recipe in recipes) else None
         self.trials: list[Trial] = []
         if held is not None:
             texts = self._tokens_BL, held.tokens_BL, self._tokens
-            self.trials = decide(model, recipes, *texts, self._folder, watch, limit_s, head_II)
+            self.trials = decide(model, recipes, *texts, self._folder, watch, limit_s, table_HH)
         self.recipe = self.trials[0].recipe if self.trials else recipes[0]
-        self._chooser = Chooser(self.recipe, head_II)
+        self._chooser = Chooser(self.recipe, table_HH)
         self._streams = Streams(self._folder, (*self._tokens_BL.shape, model.width), self._chooser.kinds)
         self.records: list[Record] = []
 
@@ -157,6 +158,14 @@ class _Job:
             self._watch.advance(1)
         self._end()
         self._watch.advance(1)
+
+    def _of_table(self, known: Importance | None) -> Array | None:
+        """What errors of the embedding's rows cost, as far as is known. Nats either way: a row is used about as often
+        as it is said, and both are second orders of the same divergence.
+        """
+        parts = [self._tied_head(), known.table_HH if known else None]
+        found = [part for part in parts if part is not None]
+        return sum(found[1:], found[0]) if found else None
 
     def _tied_head(self) -> Array | None:
         """Moments of what enters the head, where that is the embedding, of the model as it is; kept for a later run."""

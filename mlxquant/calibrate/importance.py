@@ -1,9 +1,13 @@
-"""How much an error at one token matters to the divergence, for each linear layer: squared gradients at its output.
+"""How much an error matters to the divergence: at which token, for a linear layer; in which direction, for the table.
 
 For tokens drawn from the model's own p(. | text before) and g = d sum log p / dy at a layer's output y, a small error e
 of y at one token costs 1/2 E (g e)^2 nats (gradients.py). Taking g's directions for equally likely, tokens are weighed
 by |g|^2, so that the Hessian is H = sum of |g|^2 x x^T (GuidedQuant, Kim et al. 2025, arXiv:2505.07004, with one group
 of rows). It matters most where few tokens carry much: all attend to a text's first one, and its values to all.
+
+An error e of an embedding's row costs 1/2 e G e nats each time that the row is used, G = mean g g^T over all tokens, g
+being the slope by what enters the first layer. So G is to a row of the table what H is to a row of a linear layer, and
+where it is skewed GPTQ puts the errors where they cost little.
 
 One layer is in memory at a time; what enters each, and slopes, are in files meanwhile.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +35,24 @@ from mlxquant.measure.runner import Silent, Watch, step
 Array = np.ndarray[Any, Any]
 Weights = dict[str, Array]  # of a linear layer's weight, by name -> (B, L) float32, their mean 1
 
-FILE = "tokens.safetensors"
+FILE = "importance.safetensors"
 SEED = 1
+_TABLE = "table"
 
 
-def token_weights(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Weights:
-    """Of every linear layer that each token passes (experts have none). Kept in `folder`, where a later call finds
-    them; 8 * B * L * H bytes a layer are there meanwhile. Raises KeyboardInterrupt when the watch says so.
+@dataclass(frozen=True)
+class Importance:
+    """tokens: for each linear layer that every token passes (experts have none). table_HH: G, float32, for the rows of
+    the embedding.
+    """
+
+    tokens: Weights
+    table_HH: Array
+
+
+def importance(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Importance:
+    """Kept in `folder`, where a later call finds it; 8 * B * L * H bytes a layer are there meanwhile. Raises
+    KeyboardInterrupt when the watch says so.
     """
     if (found := _read(folder / FILE)) is not None:
         return found
@@ -58,9 +74,27 @@ def token_weights(model: Layered, tokens_BL: Array, folder: Path, watch: Watch |
         slopes.path.unlink()
         slopes = before
         step(watch)
+    table_HH = _of_table(model, tokens_BL, slopes)
     shutil.rmtree(scratch)
-    write_whole(folder / FILE, save(made))
-    return made
+    write_whole(folder / FILE, save({_TABLE: table_HH, **made}))
+    return Importance(made, table_HH)
+
+
+def _of_table(model: Layered, tokens_BL: Array, slopes: Stream) -> Array:
+    """Mean g g^T, (H, H), of slopes by the rows of the embedding, from those by what enters the first layer."""
+    import mlx.core as mx
+
+    ids_U, places = np.unique(tokens_BL, return_inverse=True)
+    table_UH, places_BL = model.table(ids_U), places.reshape(tokens_BL.shape)
+    in_turn = np.arange(tokens_BL.shape[1])[None]
+    total_HH = mx.zeros((model.width, model.width))
+    for where, slope in slopes.batches(1):
+        rows_LH = mx.array(table_UH[places_BL[where.start]])
+        _, (by_LH,) = mx.vjp(lambda rows: model.entering(in_turn, rows), [rows_LH], [mx.array(slope)])
+        total_HH = total_HH + by_LH.T @ by_LH
+        mx.eval(total_HH)
+    total: Array = np.array(total_HH) / tokens_BL.size
+    return (total + total.T) / 2
 
 
 def _within(layer: Layer, entering: Stream, slopes: Stream, squares: dict[str, list[Array]]) -> Iterator[Array]:
@@ -107,9 +141,9 @@ def _even(squares_BL: Array) -> Array:
     return (roots / mean if mean > 0 else np.ones_like(roots)).astype(np.float32)
 
 
-def _read(path: Path) -> Weights | None:
+def _read(path: Path) -> Importance | None:
     try:
         found: Weights = load(path.read_bytes())
     except (OSError, SafetensorError):
         return None
-    return found
+    return Importance(found, found.pop(_TABLE)) if _TABLE in found else None

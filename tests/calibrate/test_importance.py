@@ -1,11 +1,12 @@
-"""How much tokens count, one layer at a time, against slopes of the whole model at each linear layer's output."""
+"""How much errors matter, one layer at a time, against slopes of the whole model where they enter."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
-from mlxquant.calibrate import token_weights as tested
+from mlxquant.calibrate import importance as tested
 from mlxquant.calibrate.gradients import _HEAD_TOKENS
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.stand_ins import Added
@@ -45,7 +46,7 @@ def slopes(model, path, width, sample):
 def test_equal_to_slopes_of_the_whole_model(tmp_path):
     assert TOKENS.shape[1] <= _HEAD_TOKENS  # drawn at once, as `slopes` draws
     folder = make(tmp_path / "m", "llama", dtype="float32")
-    found = tested.token_weights(layered(folder), TOKENS, tmp_path)
+    found = tested.importance(layered(folder), TOKENS, tmp_path).tokens
     model = load_model(folder).model
     for layer in range(2):
         for name in NAMES:
@@ -58,13 +59,27 @@ def test_equal_to_slopes_of_the_whole_model(tmp_path):
             assert np.abs(got - roots / roots.mean()).max() < 2e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma multiplies its rows
+def test_directions_of_the_table_are_those_of_its_own_slopes(tmp_path, family):
+    folder = make(tmp_path / "m", family, dtype="float32", layers=6 if family == "gemma3" else 2)
+    found = tested.importance(layered(folder), TOKENS, tmp_path).table_HH
+    model = load_model(folder).model
+    path = next(path for path, _ in model.named_modules() if path.endswith("embed_tokens")).split(".")
+    width = at(model, path).weight.shape[1]
+    g = np.concatenate([slopes(model, path, width, sample)[0] for sample in range(len(TOKENS))])
+    expected = g.T @ g / TOKENS.size
+    assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
+
+
 def test_experts_have_none_and_a_later_call_finds_what_was_made(tmp_path):
     folder = make(tmp_path / "m", "qwen3_moe", dtype="float32")
     model = layered(folder)
-    found = tested.token_weights(model, TOKENS, tmp_path)
+    made = tested.importance(model, TOKENS, tmp_path)
+    found = made.tokens
     assert found
     assert not [name for name in found if len(model.tensors[name].target.shape) != 2]
     assert all(abs(weights.mean() - 1) < 1e-5 for weights in found.values())
-    again = tested.token_weights(None, TOKENS, tmp_path)  # of no model: from the file
-    assert found.keys() == again.keys()
-    assert all(np.array_equal(found[name], again[name]) for name in found)
+    again = tested.importance(None, TOKENS, tmp_path)  # of no model: from the file
+    assert found.keys() == again.tokens.keys()
+    assert all(np.array_equal(found[name], again.tokens[name]) for name in found)
+    assert np.array_equal(made.table_HH, again.table_HH)
