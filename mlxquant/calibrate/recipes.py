@@ -36,10 +36,10 @@ class Recipe:
         return asdict(self)
 
 
-_BEST = Recipe(BEST, target=0.5, tokens=True)
-# What `best` chooses among, the likeliest first: a limit on time leaves out the last. The more text, the more of what
-# went wrong before can be made good without fitting the text itself.
-CANDIDATES = (_BEST, replace(_BEST, tokens=False), replace(_BEST, target=0.25))
+_BEST = Recipe(BEST, target=0.25, tokens=True)
+# What `best` chooses among, the likeliest first: a limit on time leaves out the last. The more text there is for how wide
+# a model is, the more of what went wrong before can be made good without fitting the text itself.
+CANDIDATES = (_BEST, replace(_BEST, target=0.5), replace(_BEST, target=0.5, tokens=False), replace(_BEST, target=0.0))
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     SEARCH: (Recipe(SEARCH, codes="search"),),
     "awq": (Recipe("awq", codes="search", factors=True),),

@@ -1,8 +1,9 @@
 """What each tensor costs at each format, in nats a token: what a bit budget is solved by.
 
 For some rows of each weight codes are chosen as they will be (by rounding, by search, by GPTQ under the Hessian of what
-enters the layer) in every format; what their errors cost is 1/2 E <G, dW>^2 by gradients.py. Gradients come from other
-samples than Hessians: codes are fitted to the text that they are chosen by, and would look better there than they are.
+enters the layer, which for `best` is weighed as importance.py says) in every format; what their errors cost is
+1/2 E <G, dW>^2 by gradients.py. Gradients come from other samples than Hessians: codes are fitted to the text that they
+are chosen by, and would look better there than they are.
 Embedding and head are measured besides (ends.py).
 
 Rows are taken as independent: errors of two rows of a weight, or of two weights, have nothing to do with one another.
@@ -24,6 +25,7 @@ from mlxquant.calibrate.choose import LEAST_EXPERT_TOKENS
 from mlxquant.calibrate.ends import SAMPLES, TOKENS, Values, corrected
 from mlxquant.calibrate.gptq import NotPositive, Prepared, gptq, prepare
 from mlxquant.calibrate.gradients import Part, Rows, backwards, by_use, spread, trace
+from mlxquant.calibrate.importance import Importance, importance
 from mlxquant.calibrate.layered import Layered, some_rows
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import Stream
@@ -35,9 +37,11 @@ from mlxquant.convert.gather import chunks
 from mlxquant.errors import UsageError
 from mlxquant.measure.runner import Silent, Watch, step
 from mlxquant.plan.budget import formats
+from mlxquant.plan.recipe import BEST
 from mlxquant.plan.sensitivities import Cost, Sensitivities
 
-METHODS = ("rtn", "search", "gptq")
+METHODS = ("rtn", "search", "gptq", BEST)
+_BY_HESSIAN = ("gptq", BEST)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,14 @@ class _Measuring:
         self.formats = formats(model.plan)
         self.tensors = {t.name: t for t in model.plan.tensors if t.name in self.formats}
         self.rows = dict(self._drawn(depth))
+        self.known: Importance | None = None
         self.costs: dict[str, dict[Codec, Cost]] = {}
         self.ways: dict[str, Values] = {}
 
     def run(self, folder: Path) -> Sensitivities:
         tokens_BL = self.samples.tokens_BL
+        if self.method == BEST:
+            self.known = importance(self.model, tokens_BL[self.count :], folder, self.watch)
         self.watch.stage("Measuring tensors", 2 * self.model.count, "steps")
         kept = trace(self.model, tokens_BL, folder, self.watch)
         for part in backwards(self.model, kept, tokens_BL[: self.count], self.rows, self.seed):
@@ -171,13 +178,24 @@ class _Measuring:
         """
         left, layer = list(part.gradients), part.layer
         for stage in layer.stages if layer else ():
-            if names := [name for name in stage if name in left]:
-                seen = self._seen(part, names[0], partial(layer.inputs, stage) if layer else self._behind_last)
-                yield from ((name, self._values(name, seen)) for name in names)
-                left = [name for name in left if name not in names]
+            names = [name for name in stage if name in left]
+            for alike in [[name] for name in names] if self.known else [names] if names else []:
+                seen = self._seen(part, alike[0], partial(layer.inputs, stage) if layer else self._behind_last)
+                yield from ((name, self._values(name, seen)) for name in alike)
+            left = [name for name in left if name not in names]
         for name in left:
-            head = layer is None and name != self.model.embedding().name
-            yield name, self._values(name, self._seen(part, name, self._behind_last) if head else None)
+            yield name, self._values(name, self._of_ends(part, name) if layer is None else None)
+
+    def _of_ends(self, part: Part, name: str) -> _Factored | Array | None:
+        """What embedding and head are chosen by; as `to_mlx` does."""
+        table, head = name == self.model.embedding().name, name == self.model.head().name
+        known = [self.known.table_HH] if self.known and table else []
+        if head and (self.method in _BY_HESSIAN or not table):
+            seen = self._seen(part, name, self._behind_last)
+            if not known or not isinstance(seen, _Factored):
+                return seen
+            known.append(seen.hessian(0))
+        return _Factored(sum(known[1:], known[0])) if known else None
 
     def _behind_last(self, states: Array) -> Inputs:
         hidden = self.model.finish(states)
@@ -188,12 +206,15 @@ class _Measuring:
         if self.method == "rtn" or part.entering is None:
             return None
         lead = self.tensors[name].target.shape[:-2]
-        kind: Literal["hessian", "squares"] = "hessian" if self.method == "gptq" else "squares"
+        kind: Literal["hessian", "squares"] = "hessian" if self.method in _BY_HESSIAN else "squares"
         moments = Moments(name, kind, experts=lead[0] if lead else 0, least_tokens=LEAST_EXPERT_TOKENS)
+        tokens = self.known.tokens.get(name) if self.known else None
         for which, states in part.entering.batches():
-            if len(rest := states[max(0, self.count - which.start) :]):
-                moments.add(inputs(rest))
-        return _Factored(moments) if self.method == "gptq" else moments.columns()
+            first = max(which.start, self.count)
+            if len(rest := states[first - which.start :]):
+                some = slice(first - self.count, which.stop - self.count)
+                moments.add(inputs(rest), None if tokens is None else tokens[some].reshape(-1))
+        return _Factored(moments) if self.method in _BY_HESSIAN else moments.columns()
 
     def _values(self, name: str, seen: _Factored | Array | None) -> Values:
         tensor = self.tensors[name]
@@ -214,11 +235,11 @@ class _Measuring:
 class _Factored:
     """Hessians of what enters a stage, each factored once for all weights and formats: None where that fails."""
 
-    def __init__(self, seen: Moments) -> None:
+    def __init__(self, seen: Moments | Array) -> None:
         self._seen, self._made = seen, dict[int, Prepared | None]()
 
     def hessian(self, matrix: int) -> Array:
-        return self._seen.for_expert(matrix)[0] if self._seen.experts else self._seen.mean()
+        return self._seen.for_expert(matrix)[0] if isinstance(self._seen, Moments) else self._seen
 
     def of(self, matrix: int) -> Prepared | None:
         if matrix not in self._made:

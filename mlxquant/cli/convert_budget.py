@@ -15,7 +15,7 @@ from mlxquant.cli.progress import watching
 from mlxquant.cli.running import refuse_zeros
 from mlxquant.cli.sections import SectionOption
 from mlxquant.errors import UsageError
-from mlxquant.plan.recipe import RTN, SEARCH
+from mlxquant.plan.recipe import BEST, RTN, SEARCH
 from mlxquant.units import format_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def sensitivities(
     from mlxquant.files.writing import write_whole
     from mlxquant.plan.sensitivities import from_json
 
-    method = {RTN: RTN, SEARCH: SEARCH, "awq": SEARCH}.get(plan.settings.method, "gptq")
+    method = {RTN: RTN, SEARCH: SEARCH, "awq": SEARCH, BEST: BEST}.get(plan.settings.method, "gptq")
     file = options["plan_file"] or (out.with_name(f"{out.name}.plan.json") if out else None)
     if file is not None and file.exists():
         found = from_json(read_json_object(file), str(file))

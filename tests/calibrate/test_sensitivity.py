@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.calibrate.layered import Layered, whole
-from mlxquant.calibrate.sensitivity import Depth, identity, measure
+from mlxquant.calibrate.sensitivity import METHODS, Depth, identity, measure
 from mlxquant.calibrate.text import calibration
 from mlxquant.codecs.encode import decode, encode
 from mlxquant.codecs.spec import affine
@@ -102,12 +102,15 @@ def test_embedding_and_head_are_measured_by_forwards(tmp_path, tied):
 def test_better_codes_cost_less(request, tmp_path, trained):
     folder = request.getfixturevalue(trained)
     model, samples = layered(folder), samples_of(folder, 12, 1)
-    at = {m: measure(model, samples, m, tmp_path / m, depth=Depth(16, 32, 4)) for m in ("rtn", "search", "gptq")}
+    at = {m: measure(model, samples, m, tmp_path / m, depth=Depth(16, 32, 4)) for m in METHODS}
     inside = [name for name in at["rtn"].costs if "layers" in name]
     for codec in CODECS:
-        rtn, search, gptq = (sum(at[m].costs[name][codec].nats for name in inside) for m in at)
+        rtn, search, gptq, best = (sum(at[m].costs[name][codec].nats for name in inside) for m in METHODS)
         assert gptq < 0.9 * search
         assert search < 0.9 * rtn
+        assert best < search
+        table = model.embedding().name
+        assert at["best"].costs[table][codec].nats < 0.9 * at["gptq"].costs[table][codec].nats
     assert at["rtn"].costs.keys() == formats(model.plan).keys()
 
 
@@ -152,7 +155,7 @@ def test_models_of_one_shape_are_told_apart(tmp_path):
     assert identity(one) == identity(same) != identity(other)
 
 
-@pytest.mark.parametrize(("method", "count", "said"), [("best", 4, "method 'best'"), ("rtn", 1, "one sample")])
+@pytest.mark.parametrize(("method", "count", "said"), [("awq", 4, "method 'awq'"), ("rtn", 1, "one sample")])
 def test_what_cannot_be_measured_is_said(tmp_path, method, count, said):
     folder = make(tmp_path / "m")
     with pytest.raises(UsageError, match=said):
