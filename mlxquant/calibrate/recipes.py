@@ -37,8 +37,8 @@ class Recipe:
 
 
 _BEST = Recipe(BEST, target=0.25, tokens=True)
-# What `best` chooses among, the likeliest first: a limit on time leaves out the last. The more text there is for how wide
-# a model is, the more of what went wrong before can be made good without fitting the text itself.
+# What `best` chooses among, the likeliest first: a limit on time leaves out the last. The more text there is for a
+# model's width, the more of what went wrong before can be made good without fitting the text itself.
 CANDIDATES = (_BEST, replace(_BEST, target=0.5), replace(_BEST, target=0.5, tokens=False), replace(_BEST, target=0.0))
 RECIPES: dict[str, tuple[Recipe, ...]] = {
     SEARCH: (Recipe(SEARCH, codes="search"),),
