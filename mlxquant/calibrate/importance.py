@@ -50,7 +50,7 @@ class Importance:
     table_HH: Array
 
 
-def importance(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Importance:
+def weigh_errors(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | None = None) -> Importance:
     """Kept in `folder`, where a later call finds it; 8 * B * L * H bytes a layer are there meanwhile. Raises
     KeyboardInterrupt when the watch says so.
     """

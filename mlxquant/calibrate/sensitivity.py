@@ -25,7 +25,7 @@ from mlxquant.calibrate.choose import LEAST_EXPERT_TOKENS
 from mlxquant.calibrate.ends import SAMPLES, TOKENS, Values, corrected
 from mlxquant.calibrate.gptq import NotPositive, Prepared, gptq, prepare
 from mlxquant.calibrate.gradients import Part, Rows, backwards, by_use, spread, trace
-from mlxquant.calibrate.importance import Importance, importance
+from mlxquant.calibrate.importance import Importance, weigh_errors
 from mlxquant.calibrate.layered import Layered, some_rows
 from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import Stream
@@ -108,7 +108,7 @@ class _Measuring:
     def run(self, folder: Path) -> Sensitivities:
         tokens_BL = self.samples.tokens_BL
         if self.method == BEST:
-            self.known = importance(self.model, tokens_BL[self.count :], folder, self.watch)
+            self.known = weigh_errors(self.model, tokens_BL[self.count :], folder, self.watch)
         self.watch.stage("Measuring tensors", 2 * self.model.count, "steps")
         kept = trace(self.model, tokens_BL, folder, self.watch)
         for part in backwards(self.model, kept, tokens_BL[: self.count], self.rows, self.seed):

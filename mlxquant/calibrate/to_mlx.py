@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 from mlxquant.calibrate.best import Trial, decide
 from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments, kept
 from mlxquant.calibrate.gradients import trace
-from mlxquant.calibrate.importance import Importance, Weights, importance
+from mlxquant.calibrate.importance import Importance, Weights, weigh_errors
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.rotate import Rotation
@@ -123,7 +123,7 @@ class _Job:
         used, held = hold_out(samples, min(_HELD, 8 / len(samples.tokens_BL))) if len(recipes) > 1 else (samples, None)
         self._tokens_BL = used.tokens_BL
         asked = any(recipe.tokens for recipe in recipes)
-        known = importance(model, self._tokens_BL, self._folder, watch) if asked else None
+        known = weigh_errors(model, self._tokens_BL, self._folder, watch) if asked else None
         self._tokens = known.tokens if known else {}
         table_HH = self._of_table(known) if any(recipe.codes == "gptq" for recipe in recipes) else None
         self.trials: list[Trial] = []

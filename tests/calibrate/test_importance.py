@@ -46,7 +46,7 @@ def slopes(model, path, width, sample):
 def test_equal_to_slopes_of_the_whole_model(tmp_path):
     assert TOKENS.shape[1] <= _HEAD_TOKENS  # drawn at once, as `slopes` draws
     folder = make(tmp_path / "m", "llama", dtype="float32")
-    found = tested.importance(layered(folder), TOKENS, tmp_path).tokens
+    found = tested.weigh_errors(layered(folder), TOKENS, tmp_path).tokens
     model = load_model(folder).model
     for layer in range(2):
         for name in NAMES:
@@ -62,7 +62,7 @@ def test_equal_to_slopes_of_the_whole_model(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma multiplies its rows
 def test_directions_of_the_table_are_those_of_its_own_slopes(tmp_path, family):
     folder = make(tmp_path / "m", family, dtype="float32", layers=6 if family == "gemma3" else 2)
-    found = tested.importance(layered(folder), TOKENS, tmp_path).table_HH
+    found = tested.weigh_errors(layered(folder), TOKENS, tmp_path).table_HH
     model = load_model(folder).model
     path = next(path for path, _ in model.named_modules() if path.endswith("embed_tokens")).split(".")
     width = at(model, path).weight.shape[1]
@@ -74,12 +74,12 @@ def test_directions_of_the_table_are_those_of_its_own_slopes(tmp_path, family):
 def test_experts_have_none_and_a_later_call_finds_what_was_made(tmp_path):
     folder = make(tmp_path / "m", "qwen3_moe", dtype="float32")
     model = layered(folder)
-    made = tested.importance(model, TOKENS, tmp_path)
+    made = tested.weigh_errors(model, TOKENS, tmp_path)
     found = made.tokens
     assert found
     assert not [name for name in found if len(model.tensors[name].target.shape) != 2]
     assert all(abs(weights.mean() - 1) < 1e-5 for weights in found.values())
-    again = tested.importance(None, TOKENS, tmp_path)  # of no model: from the file
+    again = tested.weigh_errors(None, TOKENS, tmp_path)  # of no model: from the file
     assert found.keys() == again.tokens.keys()
     assert all(np.array_equal(found[name], again.tokens[name]) for name in found)
     assert np.array_equal(made.table_HH, again.table_HH)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -24,12 +25,21 @@ from mlxquant.run.text import Text
 from tests.tiny import make
 
 
-def convert(folder, out, method="gptq", bits=4, watch=None, samples=8, **settings_):
+@cache
+def text(folder):
+    return calibration("builtin", Text.load(folder), 8, 64, 0)
+
+
+def convert(folder, out, method="gptq", bits=4, watch=None):
     source = open_source(folder)
-    wanted = settings(recipe="uniform", method=method, bits=bits, group_size=32, **settings_)
-    plan = make_plan(source.config, source.specs, wanted)
-    text = calibration("builtin", Text.load(folder), samples, 64, 0)
-    return to_mlx(source, plan, out, text, RECIPES[method], watch=watch)
+    plan = make_plan(source.config, source.specs, settings(recipe="uniform", method=method, bits=bits, group_size=32))
+    return to_mlx(source, plan, out, text(folder), RECIPES[method], watch=watch)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """What `convert` makes of a folder by a method: once, for all tests that only look at it."""
+    return cache(lambda folder, method: convert(folder, tmp_path_factory.mktemp("converted") / method, method))
 
 
 def hashes(folder):
@@ -48,29 +58,26 @@ class StopAt(Silent):
 
 
 @pytest.mark.parametrize("method", ["search", "awq", "gptq", "best"])
-def test_each_layer_says_more_nearly_what_it_said(trained_dense, trained_experts, tmp_path, method):
+def test_each_layer_says_more_nearly_what_it_said(trained_dense, trained_experts, converted, method):
     for folder in (trained_dense, trained_experts):
-        written = convert(folder, tmp_path / f"{method}-{folder.name}", method)
+        written = converted(folder, method)
         load_model(written.out)  # by stock mlx-lm, strictly
         judged = [record for record in written.records if record.rounding]
         assert len(judged) >= 15
         assert np.mean([r.error / r.rounding for r in judged]) < (0.95 if method in ("search", "awq") else 0.7)
 
 
-def test_gptq_is_before_search_and_search_before_rounding_in_every_layer(trained_dense, trained_experts, tmp_path):
+def test_gptq_is_before_search_and_search_before_rounding_in_every_layer(trained_dense, trained_experts, converted):
     for folder in (trained_dense, trained_experts):
-        errors = {
-            method: {r.name: r for r in convert(folder, tmp_path / f"{method}-{folder.name}", method).records}
-            for method in ("search", "gptq")
-        }
+        errors = {m: {r.name: r for r in converted(folder, m).records} for m in ("search", "gptq")}
         for name, record in errors["gptq"].items():
             if record.rounding:
                 assert record.error < errors["search"][name].error < errors["search"][name].rounding, name
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_stopped_and_gone_on_with_it_is_byte_for_byte_the_same(trained_dense, tmp_path, steps):
-    whole = convert(trained_dense, tmp_path / "whole").out
+def test_stopped_and_gone_on_with_it_is_byte_for_byte_the_same(trained_dense, converted, tmp_path, steps):
+    whole = converted(trained_dense, "gptq").out
     with pytest.raises(KeyboardInterrupt):
         convert(trained_dense, tmp_path / "parts", watch=StopAt(steps))
     assert not (tmp_path / "parts").exists()
@@ -79,8 +86,8 @@ def test_stopped_and_gone_on_with_it_is_byte_for_byte_the_same(trained_dense, tm
     assert not (tmp_path / "parts.partial").exists()
 
 
-def test_states_that_were_damaged_are_computed_again(trained_dense, tmp_path):
-    whole = convert(trained_dense, tmp_path / "whole").out
+def test_states_that_were_damaged_are_computed_again(trained_dense, converted, tmp_path):
+    whole = converted(trained_dense, "gptq").out
     with pytest.raises(KeyboardInterrupt):
         convert(trained_dense, tmp_path / "parts", watch=StopAt(1))
     (states,) = (tmp_path / "parts.partial" / CALIBRATION).glob("quantized-*.f32")
@@ -88,8 +95,8 @@ def test_states_that_were_damaged_are_computed_again(trained_dense, tmp_path):
     assert hashes(convert(trained_dense, tmp_path / "parts").out) == hashes(whole)
 
 
-def test_the_manifest_tells_the_text_and_every_weight_s_error(trained_dense, tmp_path):
-    written = convert(trained_dense, tmp_path / "out")
+def test_the_manifest_tells_the_text_and_every_weight_s_error(trained_dense, converted):
+    written = converted(trained_dense, "gptq")
     account = json.loads((written.out / "mlxquant.json").read_text())["calibration"]
     assert "built-in" in account["text"]
     assert [tensor["name"] for tensor in account["tensors"]] == [record.name for record in written.records]
@@ -115,7 +122,7 @@ def test_a_rotated_model_says_what_it_said_until_it_is_rounded(tmp_path, tied):
     source = open_source(folder)
     wanted = settings(recipe="uniform", method="gptq", bits=8, group_size=32, rotate=True)
     plan = make_plan(source.config, source.specs, wanted)
-    samples = calibration("builtin", Text.load(folder), 8, 64, 0)
+    samples = text(folder)
     rotation = Rotation.of(source.config, plan)
     out = to_mlx(source, plan, tmp_path / "out", samples, RECIPES["gptq"], rotation=rotation).out
     before, after = (load_model(path, expand="on").model for path in (folder, out))
