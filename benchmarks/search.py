@@ -6,7 +6,8 @@ SOURCE: a Hugging Face folder; rows are then also taken from its projections. Sq
 (`encode`), of rows rounded to bfloat16, over all rows. With weights, columns count exp(N(0, 1)). `slow`: the search's
 error relative to the least that a grid of 13 x 13 ranges with 12 fits each in float64 finds, over the first 256 groups.
 `output`: squared error of x @ w.T relative to rtn's where the columns of x are correlated (half its variance lies in an
-eighth of its directions), weights all alike. The last line of stdout is one JSON object.
+eighth of its directions), weights all alike. M/s: speed where all count alike, and where columns count exp(2 N(0, 1)),
+for which is looked longer. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -88,14 +89,16 @@ def real_rows(source: Path, rows: int, rng: np.random.Generator) -> Array:
     return np.ascontiguousarray(every[rng.permutation(len(every))[:rows]])
 
 
-def speed(codec: Codec, weights: int) -> float:
-    """Weights a second, wall clock, best of three."""
-    raw = narrow((np.random.default_rng(0).normal(size=(weights // 4096, 4096)) * 0.02).astype(np.float32), DTYPE)
-    search(raw[:16], DTYPE, DTYPE, codec)
+def speed(codec: Codec, weights: int, counted: bool) -> float:
+    """Weights a second, wall clock, best of three. counted: columns count unlike, for which is looked longer."""
+    rng = np.random.default_rng(0)
+    raw = narrow((rng.normal(size=(weights // 4096, 4096)) * 0.02).astype(np.float32), DTYPE)
+    weight = np.exp(2 * rng.normal(size=4096)).astype(np.float32) if counted else None
+    search(raw[:16], DTYPE, DTYPE, codec, weight)
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        search(raw, DTYPE, DTYPE, codec)
+        search(raw, DTYPE, DTYPE, codec, weight)
         times.append(time.perf_counter() - start)
     return raw.size / min(times)
 
@@ -115,19 +118,21 @@ def main() -> None:
         kinds["real"] = real_rows(args.source, args.rows, rng)
     weight = np.exp(rng.normal(size=512)).astype(np.float32)
     timed = int(args.weights.rstrip("M")) * 10**6
-    print(f"{'format':8}{'rows':9}{'rtn':>7}{'slow':>7}{'weighted':>10}{'slow':>7}{'output':>8}{'M/s':>6}")
+    print(
+        f"{'format':8}{'rows':9}{'rtn':>7}{'slow':>7}{'weighted':>10}{'slow':>7}{'output':>8}{'M/s':>6}{'counted':>9}"
+    )
     results: dict[str, dict[str, object]] = {}
     for label in args.formats.split(","):
         codec = parse_codec(label)
-        rate = speed(codec, timed) if timed else 0.0
-        results[label] = {"weights_per_s": rate}
+        rate, counting = (speed(codec, timed, counted) if timed else 0.0 for counted in (False, True))
+        results[label] = {"weights_per_s": rate, "weights_per_s_counted": counting}
         for name, raw in kinds.items():
             plain, counted = errors(raw, codec, None), errors(raw, codec, weight)
             out = output_error(raw, codec, np.random.default_rng(1))
             results[label][name] = {"alike": plain, "weighted": counted, "output": out}
             slow = [f"{e['slow']:7.3f}" if "slow" in e else f"{'':7}" for e in (plain, counted)]
-            figures = f"{plain['rtn']:7.3f}{slow[0]}{counted['rtn']:10.3f}{slow[1]}{out:8.3f}{rate / 1e6:6.0f}"
-            print(f"{label:8}{name:9}{figures}", flush=True)
+            figures = f"{plain['rtn']:7.3f}{slow[0]}{counted['rtn']:10.3f}{slow[1]}{out:8.3f}"
+            print(f"{label:8}{name:9}{figures}{rate / 1e6:6.0f}{counting / 1e6:9.0f}", flush=True)
     machine = {"system": platform.platform(), "cores": cores(), "numpy": np.__version__}
     print(json.dumps({"benchmark": "search", "dtype": DTYPE, "machine": machine, "formats": results}))
 
