@@ -31,7 +31,7 @@ from mlxquant.codecs.spec import Codec
 # less of such a group's error than SHORT does, for twice the work. LONGEST, for twice that again, leaves 1 or 2 % less:
 # taken where there are many codes, and so many ways to lay them.
 _SHORT = (0.0, 0.05, 0.1, 0.2), 32, 2.5, 0.15
-_LONG = (0.0, 0.05, 0.1, 0.2), 96, 6.0, 0.3
+_LONG = (0.0, 0.05, 0.1, 0.2), 80, 6.0, 0.3
 _LONGEST = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4), 256, 6.0, 0.3
 _MANY_BITS = 5
 _PIECE = 1 << 16  # weights that are made float32 at a time
