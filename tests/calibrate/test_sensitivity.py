@@ -9,7 +9,7 @@ import pytest
 
 from mlxquant.calibrate.layered import Layered, whole
 from mlxquant.calibrate.sensitivity import METHODS, Depth, identity, measure
-from mlxquant.calibrate.text import calibration
+from mlxquant.calibrate.text import calibration, made
 from mlxquant.codecs.encode import decode, encode
 from mlxquant.codecs.spec import affine
 from mlxquant.convert.sources import open_source
@@ -159,7 +159,7 @@ def test_models_of_one_shape_are_told_apart(tmp_path):
 def test_what_cannot_be_measured_is_said(tmp_path, method, count, said):
     folder = make(tmp_path / "m")
     with pytest.raises(UsageError, match=said):
-        measure(layered(folder), samples_of(folder, count, 1), method, tmp_path / "t")
+        measure(layered(folder), made(np.zeros((count, 64)), "none"), method, tmp_path / "t")
 
 
 def ranks(values):
