@@ -70,7 +70,7 @@ TEXT = "For an MLX folder: codes chosen by what text does in the model"
     type=click.Choice(METHODS),
     help="Who chooses codes, scales and biases. rtn: the range of each group, rounding to nearest, as mlx_lm.convert; "
     "search: least squared error, in the same arrays; awq, gptq, best: by text, see below.  [default: search; "
-    "rtn for uniform, mixed_*, nvfp4 and mxfp8]",
+    "rtn for uniform, mixed_*, nvfp4, mxfp8 and 2 bits]",
 )
 @click.option(
     "--dtype",

@@ -108,7 +108,7 @@ def settings(
         )
     code = FLOAT_CODES[dtype] if dtype else None
     exact = tuple((name, parse_codec(label)) for name, label in codecs)
-    chosen = _method(method, recipe, mode)
+    chosen = _method(method, recipe, mode, bits)
     patterns = tuple(map(_parse_set, sets))
     made = Settings(bits, group_size, mode, recipe, code, patterns, requantize, exact, chosen, rotate)
     if rotate and chosen == RTN:
@@ -117,10 +117,12 @@ def settings(
     return made
 
 
-def _method(method: str | None, recipe: str, mode: str) -> str:
-    """uniform and the mixed recipes promise mlx-lm's bytes, so nothing but rtn unasked."""
+def _method(method: str | None, recipe: str, mode: str, bits: int | None) -> str:
+    """uniform and the mixed recipes promise mlx-lm's bytes, so nothing but rtn unasked. At 2 bits what has the least
+    squared error says less of what the model said than what rtn keeps of its largest weights (docs/LOG.md, 2026-11-22).
+    """
     if method is None:
-        return SEARCH if recipe == "balanced" and mode in SEARCHED_MODES else RTN
+        return SEARCH if recipe == "balanced" and mode in SEARCHED_MODES and bits != 2 else RTN
     if method not in METHODS:
         raise UsageError(f"--method {method!r} is unknown", hint=f"one of {METHODS}")
     if recipe == REPACK and method != RTN:

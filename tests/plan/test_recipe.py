@@ -189,6 +189,8 @@ def test_who_chooses_codes_is_said_and_told_apart(llama):
         ({}, "search"),
         ({"mode": "mxfp4"}, "search"),
         ({"mode": "nvfp4"}, "rtn"),
+        ({"bits": 2}, "rtn"),  # where least squares is not least divergence
+        ({"bits": 3}, "search"),
         ({"recipe": "uniform"}, "rtn"),
         ({"recipe": "mixed_3_6"}, "rtn"),
         ({"recipe": "repack"}, "rtn"),
