@@ -109,9 +109,10 @@ def test_every_width_has_its_codes(trained_dense, tmp_path, bits):
     assert all(r.error < r.rounding for r in written.records if r.rounding)
 
 
-def test_an_embedding_that_is_the_head_is_chosen_by_what_enters_the_head(tmp_path):
-    folder = make(tmp_path / "tiny", "llama", dtype="float32", tied=True)
-    first, *_ = convert(folder, tmp_path / "out").records
+@pytest.mark.parametrize(("method", "tied"), [("gptq", True), ("best", True), ("best", False)])
+def test_an_embedding_is_chosen_by_what_enters_the_head_that_it_is_or_by_what_its_errors_cost(tmp_path, method, tied):
+    folder = make(tmp_path / "tiny", "llama", dtype="float32", tied=tied)
+    first, *_ = convert(folder, tmp_path / "out", method).records
     assert first.name == "model.embed_tokens.weight"
     assert 0 < first.error < 0.9 * first.rounding
 
