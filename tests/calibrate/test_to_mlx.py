@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import cache
 
 import mlx.core as mx
@@ -84,6 +85,16 @@ def test_stopped_and_gone_on_with_it_is_byte_for_byte_the_same(trained_dense, co
     resumed = convert(trained_dense, tmp_path / "parts").out
     assert hashes(resumed) == hashes(whole)
     assert not (tmp_path / "parts.partial").exists()
+
+
+def test_best_stopped_wherever_it_is_ends_in_the_same_bytes(trained_dense, converted, tmp_path):
+    stops, out = 0, tmp_path / "parts"
+    while not out.exists():
+        with suppress(KeyboardInterrupt):
+            convert(trained_dense, out, "best", watch=StopAt(2 + 3 * stops))
+        stops += 1
+    assert stops > 2
+    assert hashes(out) == hashes(converted(trained_dense, "best").out)
 
 
 def test_states_that_were_damaged_are_computed_again(trained_dense, converted, tmp_path):
