@@ -176,26 +176,27 @@ class _Measuring:
         """How codes are chosen for each weight of a part. What shares an input shares its statistics; what no linear
         layer holds, and an embedding, has none.
         """
-        left, layer = list(part.gradients), part.layer
+        layer, done = part.layer, set[str]()
         for stage in layer.stages if layer else ():
-            names = [name for name in stage if name in left]
-            for alike in [[name] for name in names] if self.known else [names] if names else []:
-                seen = self._seen(part, alike[0], partial(layer.inputs, stage) if layer else self._behind_last)
-                yield from ((name, self._values(name, seen)) for name in alike)
-            left = [name for name in left if name not in names]
-        for name in left:
-            yield name, self._values(name, self._of_ends(part, name) if layer is None else None)
+            seen = None
+            for name in (name for name in stage if name in part.gradients):
+                if layer and (self.known or seen is None):  # tokens count for each as they do for no other
+                    seen = self._seen(part, name, partial(layer.inputs, stage))
+                yield name, self._values(name, seen)
+                done.add(name)
+        for name in part.gradients:
+            if name not in done:
+                yield name, self._values(name, None if layer else self._of_ends(part, name))
 
     def _of_ends(self, part: Part, name: str) -> _Factored | Array | None:
         """What embedding and head are chosen by; as `to_mlx` does."""
         table, head = name == self.model.embedding().name, name == self.model.head().name
-        known = [self.known.table_HH] if self.known and table else []
-        if head and (self.method in _BY_HESSIAN or not table):
-            seen = self._seen(part, name, self._behind_last)
-            if not known or not isinstance(seen, _Factored):
-                return seen
-            known.append(seen.hessian(0))
-        return _Factored(sum(known[1:], known[0])) if known else None
+        by_head = head and (self.method in _BY_HESSIAN or not table)
+        seen = self._seen(part, name, self._behind_last) if by_head else None
+        if not (self.known and table):
+            return seen
+        of_head = seen.hessian(0) if isinstance(seen, _Factored) else 0
+        return _Factored(self.known.table_HH + of_head)
 
     def _behind_last(self, states: Array) -> Inputs:
         hidden = self.model.finish(states)

@@ -163,9 +163,10 @@ class _Job:
         """What errors of the embedding's rows cost, as far as is known. Nats either way: a row is used about as often
         as it is said, and both are second orders of the same divergence.
         """
-        parts = [self._tied_head(), known.table_HH if known else None]
-        found = [part for part in parts if part is not None]
-        return sum(found[1:], found[0]) if found else None
+        of_head = self._tied_head()
+        if known is None:
+            return of_head
+        return known.table_HH if of_head is None else known.table_HH + of_head
 
     def _tied_head(self) -> Array | None:
         """Moments of what enters the head, where that is the embedding, of the model as it is; kept for a later run."""
