@@ -119,9 +119,8 @@ class Done:
 
 
 class Chooser:
-    """Carries out a recipe. Holds nothing between layers. table_HH: what errors of the embedding's rows cost, as far as
-    that is known before anything has passed the layers: by importance.py; where it is the output head, too, by the
-    moments of what enters that; or the sum of both.
+    """Carries out a recipe. Holds nothing between layers. table_HH: what errors of the embedding's rows cost, by
+    importance.py; of a recipe that asks for no importance, only where the embedding is the output head, too.
     """
 
     def __init__(self, recipe: Recipe, table_HH: Array | None = None) -> None:
@@ -262,7 +261,7 @@ class Chooser:
         looked = Looked.of(tensor, bool(self.recipe.target), writes=False, last=True)
         was = streams[FULL].batches() if looked.cross else repeat((slice(0), None))
         for (_, states), (_, full) in zip(streams[QUANTIZED].batches(), was, strict=False):
-            looked.add(behind(model, states), behind(model, full) if looked.cross else None)
+            looked.add(model.entering_head(states), model.entering_head(full) if looked.cross else None)
         return self.prepared(tensor, looked.hessian.mean(), looked.cross.mean() if looked.cross else None)
 
     # -- one weight
@@ -289,19 +288,6 @@ class Chooser:
                 return searched(tensor, w_OI, hessian_II, str(error)), before
 
         return of
-
-
-def head_moments(model: Layered, leaving: Stream) -> Array:
-    """(H, H): mean of x x^T of what enters the output head, given what leaves the last layer."""
-    found = Moments(model.head().name, "hessian")
-    for _, states in leaving.batches():
-        found.add(behind(model, states))
-    return found.mean()
-
-
-def behind(model: Layered, states: Any) -> Inputs:
-    """What enters the output head, given what leaves the last layer."""
-    return Inputs(by_rows(np.array(model.finish(states))))
 
 
 def _batches(streams: Streams, number: int, wanted: bool) -> Iterator[Any]:

@@ -90,12 +90,11 @@ def _through(layer: Layer, states_BLH: Array, sums: Mapping[str, Moments], watch
 
 
 def _of_head(model: Layered, states: Stream) -> dict[str, Moments]:
-    from mlxquant.calibrate.values import Inputs
 
     name = model.head().name
     moments = Moments(name, "squares")
     for _, states_BLH in states.batches(_BATCH_TOKENS):
-        moments.add(Inputs(model.finish(states_BLH).reshape(-1, model.width)))
+        moments.add(model.entering_head(states_BLH))
     return {name: moments}
 
 

@@ -7,7 +7,9 @@ of rows). It matters most where few tokens carry much: all attend to a text's fi
 
 An error e of an embedding's row costs 1/2 e G e nats each time that the row is used, G = mean g g^T over all tokens, g
 being the slope by what enters the first layer. So G is to a row of the table what H is to a row of a linear layer, and
-where it is skewed GPTQ puts the errors where they cost little.
+where it is skewed GPTQ puts the errors where they cost little. Where the table is the output head, too, its rows are
+what the mean of x x^T over what enters that is to any linear layer's, and both are added: a row is used about as often
+as it is said, and both are second orders of the same divergence.
 
 One layer is in memory at a time; what enters each, and slopes, are in files meanwhile.
 """
@@ -28,6 +30,7 @@ from safetensors.numpy import load, save
 from mlxquant.calibrate.gradients import Rows, behind, trace
 from mlxquant.calibrate.layered import Layer, Layered
 from mlxquant.calibrate.stand_ins import Added, Seen
+from mlxquant.calibrate.statistics import Moments
 from mlxquant.calibrate.streams import Stream
 from mlxquant.files.writing import write_whole
 from mlxquant.measure.runner import Silent, Watch, step
@@ -42,8 +45,8 @@ _TABLE = "table"
 
 @dataclass(frozen=True)
 class Importance:
-    """tokens: for each linear layer that every token passes (experts have none). table_HH: G, float32, for the rows of
-    the embedding.
+    """tokens: for each linear layer that every token passes (experts have none). table_HH: float32, for the rows of the
+    embedding.
     """
 
     tokens: Weights
@@ -62,6 +65,7 @@ def weigh_errors(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | 
     kept = trace(model, tokens_BL, scratch, watch)
     made: Weights = {}
     one_row = Rows(np.zeros(1, np.int64), np.ones(1))
+    of_head = head_moments(model, kept[-1]) if tied(model) else np.float32(0)
     slopes = Stream(scratch / "slopes-last.f32", kept[-1].shape)
     slopes.write(slope for slope, _ in behind(model, kept[-1].batches(1), one_row, SEED))
     for number in reversed(range(model.count)):
@@ -74,10 +78,23 @@ def weigh_errors(model: Layered, tokens_BL: Array, folder: Path, watch: Watch | 
         slopes.path.unlink()
         slopes = before
         step(watch)
-    table_HH = _of_table(model, tokens_BL, slopes)
+    table_HH = _of_table(model, tokens_BL, slopes) + of_head
     shutil.rmtree(scratch)
     write_whole(folder / FILE, save({_TABLE: table_HH, **made}))
     return Importance(made, table_HH)
+
+
+def tied(model: Layered) -> bool:
+    """Whether the embedding is the output head, too."""
+    return model.head().name == model.embedding().name
+
+
+def head_moments(model: Layered, leaving: Stream) -> Array:
+    """(H, H): mean of x x^T of what enters the output head, given what leaves the last layer."""
+    found = Moments(model.head().name, "hessian")
+    for _, states in leaving.batches():
+        found.add(model.entering_head(states))
+    return found.mean()
 
 
 def _of_table(model: Layered, tokens_BL: Array, slopes: Stream) -> Array:

@@ -164,6 +164,10 @@ class Layered:
         mx.eval(tap.out)
         return tap.out
 
+    def entering_head(self, hidden_BLH: Any) -> Inputs:
+        """The same as what a linear layer is given."""
+        return Inputs(self.finish(hidden_BLH).reshape(-1, self.width))
+
     def _inner(self, name: str) -> list[str]:
         return name.removeprefix(self._outer).split(".")
 

@@ -191,16 +191,10 @@ class _Measuring:
     def _of_ends(self, part: Part, name: str) -> _Factored | Array | None:
         """What embedding and head are chosen by; as `to_mlx` does."""
         table, head = name == self.model.embedding().name, name == self.model.head().name
+        if self.known and table:
+            return _Factored(self.known.table_HH)
         by_head = head and (self.method in _BY_HESSIAN or not table)
-        seen = self._seen(part, name, self._behind_last) if by_head else None
-        if not (self.known and table):
-            return seen
-        of_head = seen.hessian(0) if isinstance(seen, _Factored) else 0
-        return _Factored(self.known.table_HH + of_head)
-
-    def _behind_last(self, states: Array) -> Inputs:
-        hidden = self.model.finish(states)
-        return Inputs(hidden.reshape(-1, hidden.shape[-1]))
+        return self._seen(part, name, self.model.entering_head) if by_head else None
 
     def _seen(self, part: Part, name: str, inputs: Callable[[Array], Inputs]) -> _Factored | Array | None:
         """Of the samples that no gradient was taken of: Hessians, or for search mean squares, (I,) or (experts, I)."""

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from mlxquant.calibrate.best import Trial, decide
-from mlxquant.calibrate.choose import Chooser, Record, RowChooser, head_moments, kept
+from mlxquant.calibrate.choose import Chooser, Record, RowChooser, kept
 from mlxquant.calibrate.gradients import trace
-from mlxquant.calibrate.importance import Importance, Weights, weigh_errors
+from mlxquant.calibrate.importance import Weights, head_moments, tied, weigh_errors
 from mlxquant.calibrate.layered import Layered
 from mlxquant.calibrate.recipes import Recipe
 from mlxquant.calibrate.rotate import Rotation
@@ -125,7 +125,7 @@ class _Job:
         asked = any(recipe.tokens for recipe in recipes)
         known = weigh_errors(model, self._tokens_BL, self._folder, watch) if asked else None
         self._tokens = known.tokens if known else {}
-        table_HH = self._of_table(known) if any(recipe.codes == "gptq" for recipe in recipes) else None
+        table_HH = known.table_HH if known else self._tied_head(recipes)
         self.trials: list[Trial] = []
         if held is not None:
             texts = self._tokens_BL, held.tokens_BL, self._tokens
@@ -159,18 +159,10 @@ class _Job:
         self._end()
         self._watch.advance(1)
 
-    def _of_table(self, known: Importance | None) -> Array | None:
-        """What errors of the embedding's rows cost, as far as is known. Nats either way: a row is used about as often
-        as it is said, and both are second orders of the same divergence.
-        """
-        of_head = self._tied_head()
-        if known is None:
-            return of_head
-        return known.table_HH if of_head is None else known.table_HH + of_head
-
-    def _tied_head(self) -> Array | None:
+    def _tied_head(self, recipes: Sequence[Recipe]) -> Array | None:
         """Moments of what enters the head, where that is the embedding, of the model as it is; kept for a later run."""
-        if self._model.head().name != self._model.embedding().name or not self._model.embedding().codec.quantized:
+        wanted = self._model.embedding().codec.quantized and any(recipe.codes == "gptq" for recipe in recipes)
+        if not (wanted and tied(self._model)):
             return None
         file, scratch = self._folder / "head.safetensors", self._folder / "trace"
         if file.exists():

@@ -59,15 +59,20 @@ def test_equal_to_slopes_of_the_whole_model(tmp_path):
             assert np.abs(got - roots / roots.mean()).max() < 2e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma multiplies its rows
-def test_directions_of_the_table_are_those_of_its_own_slopes(tmp_path, family):
-    folder = make(tmp_path / "m", family, dtype="float32", layers=6 if family == "gemma3" else 2)
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3", True)])
+def test_directions_of_the_table_are_those_of_its_own_slopes(tmp_path, family, tied):
+    """And of what enters the head, where it is that. Gemma multiplies its rows."""
+    folder = make(tmp_path / "m", family, dtype="float32", tied=tied, layers=6 if family == "gemma3" else 2)
     found = tested.weigh_errors(layered(folder), TOKENS, tmp_path).table_HH
     model = load_model(folder).model
     path = next(path for path, _ in model.named_modules() if path.endswith("embed_tokens")).split(".")
     width = at(model, path).weight.shape[1]
     g = np.concatenate([slopes(model, path, width, sample)[0] for sample in range(len(TOKENS))])
     expected = g.T @ g / TOKENS.size
+    if tied:
+        trunk = (model.language_model if family == "gemma3" else model).model
+        x = np.array(trunk(mx.array(TOKENS))).reshape(-1, width)
+        expected += x.T @ x / TOKENS.size
     assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
 
 
