@@ -58,11 +58,11 @@ def figure(rows: Sequence[Row], title: str) -> Any:
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """A method's formats make a line; GGUF levels one with importance and one without."""
+    """A method's formats make a line, its budgets another; GGUF levels one with importance and one without."""
 
     def of(row: Row) -> str:
         if row["format"]:
-            return str(row["method"])
+            return f"{row['method']}{', budget' if row['format'].startswith('bpw') else ''}"
         kind = "GGUF, pure" if "pure" in row["method"] else "GGUF"
         return f"{kind}, imatrix" if "imatrix" in row["method"] else kind
 
