@@ -90,7 +90,6 @@ def _through(layer: Layer, states_BLH: Array, sums: Mapping[str, Moments], watch
 
 
 def _of_head(model: Layered, states: Stream) -> dict[str, Moments]:
-
     name = model.head().name
     moments = Moments(name, "squares")
     for _, states_BLH in states.batches(_BATCH_TOKENS):

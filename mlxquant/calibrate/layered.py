@@ -165,7 +165,7 @@ class Layered:
         return tap.out
 
     def entering_head(self, hidden_BLH: Any) -> Inputs:
-        """The same as what a linear layer is given."""
+        """What leaves the trunk, as any linear layer's inputs: a row a token."""
         return Inputs(self.finish(hidden_BLH).reshape(-1, self.width))
 
     def _inner(self, name: str) -> list[str]:
